@@ -1,0 +1,166 @@
+"""Options shared by ``plan`` and ``quantize``, and how flags become a recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bitwright.errors import InputError
+
+if TYPE_CHECKING:
+    from bitwright.engine.recipe import Recipe
+
+__all__ = [
+    "AllowPickle", "Bits", "CalibrationFile", "ChatTemplate", "Field", "GroupSize", "Keep", "Layout", "LayoutOption", "Length",
+    "MaxMemory", "Method", "MethodOption", "Model", "Packing", "RecipeFile", "Samples", "Seed", "Symmetric", "Target",
+    "build_recipe", "parse_bytes",
+]  # fmt: skip
+
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, or org/name on the hub.", show_default=False)]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file; flags come on top of it.")]
+Method = Annotated[str | None, typer.Option("--method", help="rtn, search or gptq.  [default: gptq]")]
+MethodOption = Annotated[
+    list[str] | None, typer.Option("--method-option", metavar="NAME=VALUE", help="Option of the method; repeatable.")
+]
+Bits = Annotated[int | None, typer.Option("--bits", help="2, 3, 4, 5, 6 or 8.  [default: 4]")]
+GroupSize = Annotated[
+    str | None,
+    typer.Option(
+        "--group-size", help="Columns that share a scale: a number, channel (or -1), or tensor.  [default: 128]"
+    ),
+]
+Symmetric = Annotated[
+    bool | None,
+    typer.Option("--symmetric/--asymmetric", help="Zero point in the middle, or fitted.  [default: symmetric]"),
+]
+Layout = Annotated[
+    str | None, typer.Option("--layout", help="compressed-tensors, gptq or native.  [default: compressed-tensors]")
+]
+LayoutOption = Annotated[
+    list[str] | None, typer.Option("--layout-option", metavar="NAME=VALUE", help="Option of the layout; repeatable.")
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option("--keep", metavar="PATTERN", help="Leave modules that match in high precision; repeatable."),
+]
+CalibrationFile = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="Text file, JSONL, dataset folder or dataset:NAME[:SPLIT].  [default: the model's own samples]",
+    ),
+]
+Field = Annotated[
+    str | None, typer.Option("--calibration-field", help="JSONL or dataset field that holds the text.  [default: text]")
+]
+Samples = Annotated[int | None, typer.Option("--samples", help="Calibration sequences.  [default: 128]")]
+Length = Annotated[int | None, typer.Option("--length", help="Tokens a calibration sequence.  [default: 512]")]
+Packing = Annotated[
+    str | None,
+    typer.Option("--packing", help="pack: windows of equal length; rows: one text a sample.  [default: pack]"),
+]
+ChatTemplate = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat-template/--no-chat-template",
+        help="Apply the tokenizer's chat template to each text.  [default: no-chat-template]",
+    ),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.  [default: 0]")]
+Target = Annotated[
+    str | None, typer.Option("--for", help="Engine that must load the result: vllm, transformers or gptqmodel.")
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory", help="What activations and statistics may hold, for example 4GB; the rest goes to disk."
+    ),
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Convert pickled weights in a child process, with weights_only.")
+]
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as 4GB or 512MiB, in bytes.
+
+    >>> parse_bytes("1.5GB"), parse_bytes("2GiB")
+    (1500000000, 2147483648)
+    """
+    stripped = text.strip().upper()
+    number = stripped.rstrip("KMGTIB ")
+    unit = stripped[len(number) :].strip()
+    try:
+        value = float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        raise InputError(f"'{text}' is not a size", mend="write it like 4GB or 512MiB") from None
+    if not 0 < value < 2**62:
+        raise InputError(f"'{text}' is not a usable size", mend="write it like 4GB or 512MiB")
+    return int(value)
+
+
+def _pairs(items: list[str] | None, flag: str) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for item in items or []:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise InputError(f"{flag} '{item}' is not NAME=VALUE", mend=f"write {flag} damping=0.05")
+        try:
+            result[name.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            result[name.replace("-", "_")] = value
+    return result
+
+
+def build_recipe(
+    recipe: Path | None, *, method: str | None = None, method_option: list[str] | None = None, bits: int | None = None,
+    group_size: str | None = None, symmetric: bool | None = None, layout: str | None = None,
+    layout_option: list[str] | None = None, keep: list[str] | None = None, head: bool | None = None,
+    embeddings: bool | None = None, strict: bool | None = None, calibration: str | None = None, field: str | None = None,
+    samples: int | None = None, length: int | None = None, packing: str | None = None, chat_template: bool | None = None,
+    seed: int | None = None,
+) -> Recipe:  # fmt: skip
+    """The recipe that a file and flags describe together; flags that were not given change nothing."""
+    from bitwright.engine.recipe import load_recipe, make_recipe
+
+    changes: dict[str, Any] = {
+        "method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "layout": layout, "head": head,
+        "embeddings": embeddings, "strict": strict, "seed": seed,
+    }  # fmt: skip
+    changes = {name: value for name, value in changes.items() if value is not None}
+    for name, items in (
+        ("method_options", _pairs(method_option, "--method-option")),
+        ("layout_options", _pairs(layout_option, "--layout-option")),
+    ):
+        if items:
+            changes[name] = items
+    text = {
+        "text": calibration,
+        "field": field,
+        "samples": samples,
+        "length": length,
+        "packing": packing,
+        "chat_template": chat_template,
+    }
+    text = {name: value for name, value in text.items() if value is not None}
+    if text:
+        changes["calibration"] = text
+    if keep:
+        changes["overrides"] = [{"pattern": pattern, "keep": True} for pattern in keep]
+    return load_recipe(recipe, changes) if recipe is not None else make_recipe(changes)

@@ -1,0 +1,216 @@
+"""The Scheme contract: which numbers exist.
+
+A scheme turns a weight ``(rows, columns)`` into integer codes and parameters and back. It knows nothing of models, files or
+error feedback. Methods work over any scheme through ``span``, ``fit``, ``encode``, ``decode`` and ``codec``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, Self
+
+import torch
+
+from bitwright.core.tensor import TensorSpec
+from bitwright.errors import InputError, PlanError
+
+__all__ = ["AffineCodec", "Codec", "Limits", "ParamSpec", "Params", "Scheme", "TableCodec", "Tile", "group_count"]
+
+#: Fitted parameters by name, for example ``{"scale": (rows, groups), "zero": (rows, groups)}``.
+Params = Mapping[str, torch.Tensor]
+#: A parameter's name, shape and dtype: the same record as a stored tensor's.
+ParamSpec = TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The block of a weight that shares parameters. None means "all of them" in that direction.
+
+    ``Tile(1, 128)``: group of 128 columns; ``Tile(1, None)``: per output channel; ``Tile(None, None)``: per tensor.
+    """
+
+    rows: int | None
+    columns: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What a layout demands of a scheme, known before anything is fitted. None means "no demand"."""
+
+    scale_dtype: torch.dtype | None = None
+    zero_min: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AffineCodec:
+    """Columns as affine steps: ``value = (code - zero) * scale`` with ``low <= code <= high``.
+
+    scale, zero: ``(rows, tiles)`` float32; tile: ``(columns,)`` int64, the tile that each column belongs to.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    tile: torch.Tensor
+    low: int
+    high: int
+
+
+@dataclass(frozen=True, slots=True)
+class TableCodec:
+    """Columns as a lookup: ``value = table[code] * scale``, table ascending.
+
+    table: ``(levels,)`` float32; scale: ``(rows, tiles)`` float32; tile: ``(columns,)`` int64.
+    """
+
+    table: torch.Tensor
+    scale: torch.Tensor
+    tile: torch.Tensor
+
+
+Codec = AffineCodec | TableCodec
+
+
+def group_count(shape: tuple[int, int], *, group_size: int) -> int:
+    """How many groups a weight has in all.
+
+    >>> group_count((8, 16), group_size=4)
+    32
+    """
+    rows, columns = shape
+    if group_size <= 0 or columns % group_size:
+        raise PlanError(
+            f"in_features {columns} is not a multiple of group_size {group_size}",
+            mend=f"keep this layer, or use group_size {suggest_group_size(columns, group_size)}",
+        )
+    return rows * (columns // group_size)
+
+
+def suggest_group_size(columns: int, wanted: int) -> int:
+    """The divisor of ``columns`` nearest to the group size that was wanted.
+
+    >>> suggest_group_size(4100, 128)
+    100
+    """
+    divisors = [d for d in range(1, columns + 1) if columns % d == 0 and d <= 4 * max(wanted, 1)]
+    return min(divisors, key=lambda d: (abs(d - wanted), d))
+
+
+class Scheme(ABC):
+    """Base of every scheme; a scheme is a frozen dataclass. See ``docs/architecture.md`` for the contract in words."""
+
+    kind: ClassVar[str]
+    #: how many neighbouring values one code stands for
+    vector: ClassVar[int] = 1
+
+    @property
+    @abstractmethod
+    def tile(self) -> Tile:
+        """The block that shares parameters."""
+
+    @property
+    @abstractmethod
+    def levels(self) -> int:
+        """How many codes exist; codes are ``0 .. levels - 1``."""
+
+    @property
+    def code_bits(self) -> int:
+        """Bits needed for one code."""
+        return (self.levels - 1).bit_length()
+
+    def span(self, columns: int) -> int:
+        """How many neighbouring columns share parameters in a weight with this many columns."""
+        return self.tile.columns or columns
+
+    def grid(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Tiles down and across a weight of this shape; raises PlanError where they do not divide it."""
+        rows, columns = shape
+        if columns == 0 or rows == 0:
+            raise PlanError(f"a weight of shape {shape} is empty", mend="keep this tensor")
+        group_count(shape, group_size=self.span(columns))
+        tile_rows = self.tile.rows or rows
+        return -(-rows // tile_rows), columns // self.span(columns)
+
+    def prepare(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """Once over the tensors that share something above the tile; the result is handed to ``fit``. Default: nothing."""
+        return None
+
+    def limit(self, limits: Limits) -> Self:
+        """The same scheme under a layout's demands. The default knows ``scale_dtype`` and ``zero_min`` fields by name."""
+        own = {field.name for field in fields(self)}  # type: ignore[arg-type]
+        changes = {}
+        for name in ("scale_dtype", "zero_min"):
+            value = getattr(limits, name)
+            if value is not None and name in own:
+                changes[name] = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        return replace(self, **changes)  # type: ignore[type-var]
+
+    @abstractmethod
+    def fit(
+        self, w: torch.Tensor, *, weights: torch.Tensor | None = None, context: Any = None, clip: float = 1.0
+    ) -> Params:
+        """Parameters for ``w`` ``(rows, columns)`` float32.
+
+        weights: ``(columns,)`` importance of each column (E[x²]) for fits that weigh errors; clip: factor on the
+        represented range, for methods that search it. A constant or zero tile gives finite parameters.
+        """
+
+    @abstractmethod
+    def encode(self, w: torch.Tensor, params: Params) -> torch.Tensor:
+        """Nearest codes of ``w`` ``(rows, columns)`` float32 under these parameters: uint8."""
+
+    @abstractmethod
+    def decode(self, codes: torch.Tensor, params: Params) -> torch.Tensor:
+        """``(rows, columns)`` float32 that the codes stand for."""
+
+    def quantize(
+        self, w: torch.Tensor, *, weights: torch.Tensor | None = None, context: Any = None
+    ) -> tuple[Params, torch.Tensor]:
+        """The reference quantizer: fit, then encode. Schemes that imitate a foreign reference override it."""
+        params = self.fit(w, weights=weights, context=context)
+        return params, self.encode(w, params)
+
+    def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, *, weights: torch.Tensor | None) -> Params:
+        """Better parameters for codes that are already chosen, where a closed form exists. Default: the same ones."""
+        return params
+
+    def choose(self, first: torch.Tensor, a: Params, b: Params) -> Params:
+        """Per tile, parameters of ``a`` where ``first`` ``(tile rows, tile columns)`` is true, else those of ``b``."""
+        return {name: torch.where(first, a[name], b[name]) for name in a}
+
+    def columns(self, params: Params, start: int, stop: int, shape: tuple[int, int]) -> Params:
+        """The parameters of columns ``start .. stop`` (both on tile boundaries) of a weight of this shape."""
+        span = self.span(shape[1])
+        if start % span or stop % span:
+            raise InputError(f"columns {start}:{stop} do not lie on tile boundaries of {span}")
+        return {name: value[:, start // span : stop // span] for name, value in params.items()}
+
+    @abstractmethod
+    def codec(self, params: Params, shape: tuple[int, int]) -> Codec:
+        """The columns as affine steps, a table or a vector lookup, for the error-feedback kernels."""
+
+    @abstractmethod
+    def param_spec(self, shape: tuple[int, int]) -> tuple[ParamSpec, ...]:
+        """Names, shapes and dtypes of the parameters of a weight of this shape."""
+
+    @abstractmethod
+    def bits_per_weight(self, shape: tuple[int, int]) -> float:
+        """Code bits plus parameter bits, per weight."""
+
+    def describe(self) -> str:
+        """One short line for tables and logs."""
+        return self.kind
+
+    def to_spec(self) -> dict[str, Any]:
+        """A JSON object from which ``catalog`` rebuilds this scheme."""
+        return {"kind": self.kind, **asdict(self)}  # type: ignore[call-overload]
+
+
+def tile_of_columns(columns: int, span: int) -> torch.Tensor:
+    """``(columns,)`` int64: the tile that each column belongs to.
+
+    >>> tile_of_columns(4, 2).tolist()
+    [0, 0, 1, 1]
+    """
+    return torch.arange(columns) // span

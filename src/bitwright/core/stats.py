@@ -1,0 +1,179 @@
+"""Mergeable statistics of layer inputs.
+
+Each has ``update(x)`` over ``(tokens, columns)`` activations and ``merge(other)``; merging in a fixed order gives the same bits
+whatever the number of workers. All accumulate in float32 or float64, whatever the dtype of the activations.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+import torch
+
+from bitwright.errors import InputError
+
+__all__ = ["AbsMax", "CrossGram", "Gram", "MeanAbs", "MinMax", "Statistic", "gram_product"]
+
+#: ``(x, y) -> xᵀ y`` in float32; the engine passes a faster one where it is lossless.
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def gram_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """``xᵀ y`` in float32 for ``(tokens, a)`` and ``(tokens, b)``: ``(a, b)``. The plain reference."""
+    return x.float().T @ y.float()
+
+
+@dataclass
+class Statistic(ABC):
+    """Base of all statistics. count: tokens seen so far."""
+
+    name: ClassVar[str]
+    columns: int
+    count: int = field(default=0, init=False)
+
+    def _check(self, x: torch.Tensor) -> None:
+        if x.dim() != 2 or x.shape[1] != self.columns:
+            raise InputError(f"{self.name} expects (tokens, {self.columns}), got {tuple(x.shape)}")
+
+    @abstractmethod
+    def update(self, x: torch.Tensor) -> None:
+        """Add ``(tokens, columns)`` activations."""
+
+    @abstractmethod
+    def merge(self, other: Self) -> None:
+        """Add what another instance has seen."""
+
+
+@dataclass
+class Gram(Statistic):
+    """Sum of ``x xᵀ`` over tokens: ``(columns, columns)`` float32. With ``H = 2 X Xᵀ`` of arXiv:2210.17323, eq. 2, it is H / 2.
+
+    >>> gram = Gram(2)
+    >>> gram.update(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+    >>> gram.matrix.tolist(), gram.count
+    ([[10.0, 2.0], [2.0, 4.0]], 2)
+    """
+
+    name: ClassVar[str] = "gram"
+    product: Product = gram_product
+    matrix: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.matrix = torch.zeros(self.columns, self.columns)
+
+    def update(self, x: torch.Tensor) -> None:
+        self._check(x)
+        self.matrix += self.product(x, x)
+        self.count += len(x)
+
+    def merge(self, other: Self) -> None:
+        self.matrix += other.matrix
+        self.count += other.count
+
+    @property
+    def mean_square(self) -> torch.Tensor:
+        """E[x²] of every column: ``(columns,)`` float32."""
+        return self.matrix.diagonal() / max(self.count, 1)
+
+
+@dataclass
+class CrossGram(Statistic):
+    """Sum of ``d xᵀ`` over tokens, where d is the original model's input minus this model's: ``(columns, columns)`` float32.
+
+    It carries the error that earlier quantized layers left in this layer's input (arXiv:2504.02692, section 3).
+    """
+
+    name: ClassVar[str] = "cross_gram"
+    product: Product = gram_product
+    matrix: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.matrix = torch.zeros(self.columns, self.columns)
+
+    def update(self, x: torch.Tensor) -> None:
+        raise InputError("cross_gram needs the original input too", mend="call update_pair")
+
+    def update_pair(self, original: torch.Tensor, x: torch.Tensor) -> None:
+        """Add ``(tokens, columns)`` activations of the original model and of this one, token for token."""
+        self._check(x)
+        self._check(original)
+        self.matrix += self.product(original.float() - x.float(), x.float())
+        self.count += len(x)
+
+    def merge(self, other: Self) -> None:
+        self.matrix += other.matrix
+        self.count += other.count
+
+
+@dataclass
+class AbsMax(Statistic):
+    """Largest magnitude of every column: ``(columns,)`` float32."""
+
+    name: ClassVar[str] = "abs_max"
+    value: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.value = torch.zeros(self.columns)
+
+    def update(self, x: torch.Tensor) -> None:
+        self._check(x)
+        if len(x):
+            torch.maximum(self.value, x.abs().amax(0).float(), out=self.value)
+        self.count += len(x)
+
+    def merge(self, other: Self) -> None:
+        torch.maximum(self.value, other.value, out=self.value)
+        self.count += other.count
+
+
+@dataclass
+class MeanAbs(Statistic):
+    """Mean magnitude of every column: ``(columns,)`` float64 sum, divided on reading (AWQ's activation scale)."""
+
+    name: ClassVar[str] = "mean_abs"
+    total: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.total = torch.zeros(self.columns, dtype=torch.float64)
+
+    def update(self, x: torch.Tensor) -> None:
+        self._check(x)
+        self.total += x.abs().double().sum(0)
+        self.count += len(x)
+
+    def merge(self, other: Self) -> None:
+        self.total += other.total
+        self.count += other.count
+
+    @property
+    def value(self) -> torch.Tensor:
+        """``(columns,)`` float32 mean of |x|."""
+        return (self.total / max(self.count, 1)).float()
+
+
+@dataclass
+class MinMax(Statistic):
+    """Smallest and largest value of every column: two ``(columns,)`` float32 tensors."""
+
+    name: ClassVar[str] = "min_max"
+    low: torch.Tensor = field(init=False)
+    high: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.low = torch.full((self.columns,), float("inf"))
+        self.high = torch.full((self.columns,), float("-inf"))
+
+    def update(self, x: torch.Tensor) -> None:
+        self._check(x)
+        if len(x):
+            torch.minimum(self.low, x.amin(0).float(), out=self.low)
+            torch.maximum(self.high, x.amax(0).float(), out=self.high)
+        self.count += len(x)
+
+    def merge(self, other: Self) -> None:
+        torch.minimum(self.low, other.low, out=self.low)
+        torch.maximum(self.high, other.high, out=self.high)
+        self.count += other.count

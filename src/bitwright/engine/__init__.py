@@ -1,0 +1,1 @@
+"""The engine: recipe, plan, calibration, driver, journal, verify."""

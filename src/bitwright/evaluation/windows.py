@@ -1,0 +1,69 @@
+"""Cut a token stream into evaluation windows: the two conventions that people quote.
+
+* ``non-overlapping``: windows of ``length`` tokens side by side; every token but the first of each window is predicted. This is
+  what GPTQ's and most papers' "perplexity on WikiText2" means.
+* ``sliding``: windows of ``length`` tokens that advance by ``stride``; only the tokens that are new to a window count, so that each
+  token is predicted once with at least ``length - stride`` tokens of context (the recipe in transformers' documentation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bitwright.errors import InputError
+
+__all__ = ["Window", "make_windows"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """tokens: ``(1, length)`` int64; first: index of the first token whose prediction counts (at least 1)."""
+
+    tokens: torch.Tensor
+    first: int
+
+    @property
+    def counted(self) -> int:
+        """Predictions that count."""
+        return int(self.tokens.shape[1]) - self.first
+
+
+def make_windows(
+    ids: Sequence[int], *, length: int, stride: int | None = None, limit: int | None = None
+) -> list[Window]:
+    """Windows over a token stream; ``stride`` None gives non-overlapping ones. limit: at most this many windows.
+
+    >>> [w.tokens.tolist()[0] for w in make_windows(range(6), length=3)]
+    [[0, 1, 2], [3, 4, 5]]
+    >>> [(w.tokens.tolist()[0], w.first) for w in make_windows(range(6), length=4, stride=2)]
+    [([0, 1, 2, 3], 1), ([2, 3, 4, 5], 2)]
+    """
+    if length < 2:
+        raise InputError(f"a window of {length} tokens predicts nothing", mend="use a length of at least 2")
+    if stride is not None and not 0 < stride <= length:
+        raise InputError(f"stride {stride} is outside 1..{length}", mend="use a stride of at most the window length")
+    stream = torch.tensor(list(ids), dtype=torch.int64)
+    if len(stream) < 2:
+        raise InputError("the evaluation text has fewer than two tokens", mend="give a longer text")
+    windows: list[Window] = []
+    if stride is None:
+        if len(stream) < length:
+            return [Window(stream[None], 1)]
+        for start in range(0, len(stream) - length + 1, length):
+            windows.append(Window(stream[None, start : start + length], 1))
+            if limit is not None and len(windows) >= limit:
+                break
+        return windows
+    previous_end = 0
+    for start in range(0, len(stream), stride):
+        end = min(start + length, len(stream))
+        first = max(previous_end - start, 1)
+        if end - start > first:
+            windows.append(Window(stream[None, start:end], first))
+        previous_end = end
+        if end == len(stream) or (limit is not None and len(windows) >= limit):
+            break
+    return windows

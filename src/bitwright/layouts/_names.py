@@ -1,0 +1,79 @@
+"""Module names seen as block stack, block number and place inside the block; the fused names of serving engines."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+__all__ = ["Place", "place", "regexes", "unique"]
+
+#: Linears that vLLM fuses into one module, and the fused module's name (``packed_modules_mapping`` of its models).
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """``stack.number.inside`` of a module name; number is None for a module outside every block."""
+
+    stack: str
+    number: int | None
+    inside: str
+
+
+def place(name: str) -> Place:
+    """Where a module lives: the first component that is a number is the block's.
+
+    >>> place("model.layers.3.mlp.experts.7.w1")
+    Place(stack='model.layers', number=3, inside='mlp.experts.7.w1')
+    >>> place("lm_head")
+    Place(stack='', number=None, inside='lm_head')
+    """
+    parts = name.split(".")
+    for index, part in enumerate(parts):
+        if part.isdigit() and 0 < index < len(parts) - 1:
+            return Place(".".join(parts[:index]), int(part), ".".join(parts[index + 1 :]))
+    return Place("", None, name)
+
+
+def unique(names: Iterable[str]) -> list[str]:
+    """The names without repeats, in order."""
+    return list(dict.fromkeys(names))
+
+
+def _any_of(words: Sequence[str]) -> str:
+    escaped = [re.escape(word) for word in words]
+    return escaped[0] if len(escaped) == 1 else "(?:" + "|".join(escaped) + ")"
+
+
+def regexes(names: Iterable[str]) -> list[str]:
+    """Regular expressions that match these full module names (and the fused names they make up), and no other.
+
+    They suit start-anchored matching: a prefix that a wrapper model puts before the name is allowed, the end is closed.
+    One expression serves all blocks that name the same modules under one parent.
+
+    >>> regexes(["model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj", "model.layers.2.mlp.up_proj"])
+    ... # doctest: +NORMALIZE_WHITESPACE
+    ['(?:.*\\\\.)?model\\\\.layers\\\\.0\\\\.mlp\\\\.(?:up_proj|gate_proj|gate_up_proj)$',
+     '(?:.*\\\\.)?model\\\\.layers\\\\.2\\\\.mlp\\\\.up_proj$']
+    """
+    leaves: dict[tuple[str, int | None, str], list[str]] = {}
+    for name in unique(names):
+        where = place(name)
+        parent, _, leaf = where.inside.rpartition(".")
+        leaves.setdefault((where.stack, where.number, parent), []).append(leaf)
+    numbers: dict[tuple[str, str, tuple[str, ...]], list[int | None]] = {}
+    for (stack, number, parent), found in leaves.items():
+        fused = [whole for whole, parts in FUSED.items() if set(parts) <= set(found)]
+        numbers.setdefault((stack, parent, (*found, *fused)), []).append(number)
+    result = []
+    for (stack, parent, words), blocks in numbers.items():
+        parts = [re.escape(stack)] if stack else []
+        if blocks != [None]:
+            parts.append(_any_of([str(block) for block in blocks]))
+        parts += [re.escape(parent)] if parent else []
+        result.append(r"(?:.*\.)?" + r"\.".join([*parts, _any_of(words)]) + "$")
+    return result

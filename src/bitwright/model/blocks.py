@@ -1,0 +1,361 @@
+"""Run one decoder block at a time: fill it from the checkpoint, feed it captured inputs, and watch what its linears read.
+
+The inputs of the blocks (hidden states, masks, position embeddings) are captured once, by running transformers' own model code
+with every block replaced by a recorder. Which linears share an input is seen while the block runs: the same tensor arrives at q,
+k and v. Nothing here depends on names or on the architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from bitwright.core.source import Source
+from bitwright.errors import InputError
+from bitwright.model.names import NameMap
+from bitwright.model.skeleton import Skeleton, materialize_buffers
+
+__all__ = ["BlockCall", "BlockRunner", "Capture", "InputObserver", "Slot"]
+
+#: A matrix inside a block: parameter name relative to the block, and the expert index for 3-D parameters.
+Slot = tuple[str, int | None]
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """How the model calls one block: everything but the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes its call and passes the hidden states on."""
+
+    def __init__(self, block: nn.Module, calls: list[BlockCall], seen: list[torch.Tensor], as_tuple: bool) -> None:
+        super().__init__()
+        self._original = [block]  # in a list, so that it does not become a submodule
+        self._calls = calls
+        self._seen = seen
+        self._as_tuple = as_tuple
+
+    def __getattr__(self, name: str) -> Any:
+        # Models read attributes such as attention_type off their blocks.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_original"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            hidden, rest = args[0], args[1:]
+        else:
+            hidden, rest = kwargs.pop("hidden_states"), ()
+        self._calls.append(BlockCall(tuple(rest), kwargs))
+        self._seen.append(hidden)
+        return (hidden,) if self._as_tuple else hidden
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What enters the first block for one batch, and how every block is called for batches of this shape."""
+
+    hidden: torch.Tensor
+    calls: tuple[BlockCall, ...]
+
+
+class BlockRunner:
+    """Materializes parts of one skeleton from one checkpoint.
+
+    dtype: dtype in which blocks run. Peak memory is the embeddings while capturing, then one block.
+    """
+
+    def __init__(self, skeleton: Skeleton, names: NameMap, source: Source, dtype: torch.dtype) -> None:
+        self.skeleton = skeleton
+        self.names = names
+        self.source = source
+        self.dtype = dtype
+        self._as_tuple = False
+
+    # --- filling -------------------------------------------------------------------------------------------------------
+
+    def fill(self, prefix: str, module: nn.Module) -> None:
+        """Load every parameter and persistent buffer below ``module``, whose full path is ``prefix``."""
+        loaded: set[str] = set()
+        lead = prefix + "." if prefix else ""
+        state = module.state_dict(keep_vars=True)
+        wanted = {lead + name for name, value in state.items() if value.is_meta}
+        for target in self.names.parameters:
+            if target not in wanted or target in loaded:
+                continue
+            for name, value in self.names.load(target, self.source.read, self.skeleton.model).items():
+                _assign(module, name.removeprefix(lead), value, self.dtype)
+                loaded.add(name)
+        for name in wanted - loaded:
+            origin = self.skeleton.tied.get(name)
+            if origin is None or origin not in self.names.parameters:
+                raise InputError(f"the checkpoint lacks {name}", mend="check the download")
+            (value,) = self.names.load(origin, self.source.read, self.skeleton.model).values()
+            _assign(module, name.removeprefix(lead), value, self.dtype)
+        materialize_buffers(self.skeleton.model, module)
+
+    def load_block(self, index: int) -> nn.Module:
+        """Block ``index`` with its weights; hand it back with ``free``."""
+        block = self.skeleton.blocks[index]
+        self.fill(f"{self.skeleton.blocks_path}.{index}", block)
+        return block
+
+    def free(self, module: nn.Module) -> None:
+        """Put a filled module back on the meta device."""
+        module.to("meta")
+
+    # --- capturing -----------------------------------------------------------------------------------------------------
+
+    def capture(self, batches: Iterable[torch.Tensor]) -> list[Capture]:
+        """Embed every batch ``(batch, tokens)`` int64 and note how the blocks are called.
+
+        Everything outside the blocks but the output head is loaded for this and freed again. Raises InputError for
+        architectures whose blocks do not form a chain of hidden states.
+        """
+        base = self.skeleton.model.base_model
+        base_path = next((n for n, m in self.skeleton.model.named_modules() if m is base), "")
+        outside = [
+            (name, child)
+            for name, child in base.named_modules()
+            if not self._inside_blocks(_join(base_path, name)) and _owns_tensors(child)
+        ]
+        for name, child in outside:
+            self._fill_shallow(_join(base_path, name), child)
+        blocks = self.skeleton.blocks
+        originals = list(blocks)
+        shapes: dict[tuple[int, ...], tuple[BlockCall, ...]] = {}
+        result: list[Capture] = []
+        try:
+            for tokens in batches:
+                hidden, calls = self._record(base, blocks, originals, tokens)
+                shape = tuple(tokens.shape)
+                # Unpadded batches of one shape have the same masks and positions; one copy serves all.
+                result.append(Capture(hidden, shapes.setdefault(shape, calls)))
+        finally:
+            for i, block in enumerate(originals):
+                blocks[i] = block
+            for _, child in outside:
+                _to_meta_shallow(child)
+        return result
+
+    def _record(
+        self, base: nn.Module, blocks: nn.ModuleList, originals: list[nn.Module], tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[BlockCall, ...]]:
+        for as_tuple in (self._as_tuple, not self._as_tuple):
+            calls: list[BlockCall] = []
+            seen: list[torch.Tensor] = []
+            for i, block in enumerate(originals):
+                blocks[i] = _Recorder(block, calls, seen, as_tuple)
+            try:
+                with torch.no_grad():
+                    base(input_ids=tokens, use_cache=False)
+            except (IndexError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+                failure: Exception | None = error
+            else:
+                failure = None
+            chained = len(seen) == len(originals) and all(hidden is seen[0] for hidden in seen)
+            if failure is None and chained:
+                self._as_tuple = as_tuple
+                return seen[0], tuple(calls)
+        kind = type(base).__name__
+        raise InputError(
+            f"{kind}: its blocks are not a plain chain of hidden states"
+            + (f" ({str(failure).splitlines()[0]})" if failure and str(failure) else ""),
+            mend="use a data-free method (--method rtn), which needs no model code",
+        )
+
+    def _inside_blocks(self, path: str) -> bool:
+        return path == self.skeleton.blocks_path or path.startswith(self.skeleton.blocks_path + ".")
+
+    def _fill_shallow(self, path: str, module: nn.Module) -> None:
+        """Fill a module's own tensors, not its children's."""
+        own = {f"{path}.{n}" if path else n for n, p in module.named_parameters(recurse=False) if p.is_meta}
+        own |= {
+            f"{path}.{n}" if path else n
+            for n, b in module.named_buffers(recurse=False)
+            if b.is_meta and n not in module._non_persistent_buffers_set
+        }
+        lead = path + "." if path else ""
+        for name in sorted(own):
+            origin = name if name in self.names.parameters else self.skeleton.tied.get(name, name)
+            if origin not in self.names.parameters:
+                raise InputError(f"the checkpoint lacks {name}", mend="check the download")
+            made = self.names.load(origin, self.source.read, self.skeleton.model)
+            _assign(module, name.removeprefix(lead), made[origin], self.dtype)
+        waiting = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
+        if waiting:
+            for name in waiting:
+                module._buffers[name] = torch.empty_like(module.get_buffer(name), device="cpu")
+            if not own:
+                self.skeleton.model._init_weights(module)
+            else:
+                _recompute_buffers(self.skeleton.model, module, waiting)
+
+    # --- running -------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def run(block: nn.Module, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
+        """Output hidden states of a filled block: same shape as ``hidden`` ``(batch, tokens, width)``."""
+        with torch.no_grad():
+            out = block(hidden, *call.args, **call.kwargs)
+        result = out[0] if isinstance(out, tuple) else out
+        assert isinstance(result, torch.Tensor)
+        return result
+
+    def head(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[], None]]:
+        """``(hidden -> logits, release)``: final norm and output head, run as the model runs them after the last block."""
+        model = self.skeleton.model
+        base = model.base_model
+        base_path = next((n for n, m in model.named_modules() if m is base), "")
+        modules = [
+            (_join("", n), m) for n, m in model.named_modules() if not self._inside_blocks(n) and _owns_tensors(m)
+        ]
+        for name, child in modules:
+            self._fill_shallow(name, child)
+        blocks = self.skeleton.blocks
+        del base_path
+        originals = list(blocks)
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            for i in range(len(originals)):
+                blocks[i] = _Replay(originals[i], hidden, self._as_tuple)
+            try:
+                with torch.no_grad():
+                    tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64)
+                    found: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+                    return found
+            finally:
+                for i, block in enumerate(originals):
+                    blocks[i] = block
+
+        def release() -> None:
+            for _, child in modules:
+                _to_meta_shallow(child)
+
+        return logits, release
+
+
+class _Replay(nn.Module):
+    """Stands in for a block and returns known hidden states, so that what follows the blocks can be run alone."""
+
+    def __init__(self, block: nn.Module, hidden: torch.Tensor, as_tuple: bool) -> None:
+        super().__init__()
+        self._original = [block]
+        self._hidden = [hidden]
+        self._as_tuple = as_tuple
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_original"][0], name)
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        return (self._hidden[0],) if self._as_tuple else self._hidden[0]
+
+
+def _join(lead: str, name: str) -> str:
+    return f"{lead}.{name}" if lead and name else lead or name
+
+
+def _owns_tensors(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False))
+
+
+def _assign(module: nn.Module, path: str, value: torch.Tensor, dtype: torch.dtype) -> None:
+    owner_path, _, leaf = path.rpartition(".")
+    owner = module.get_submodule(owner_path) if owner_path else module
+    value = value.to(dtype) if value.is_floating_point() else value
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[leaf] = value
+
+
+def _to_meta_shallow(module: nn.Module) -> None:
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = buffer.to("meta")
+
+
+def _recompute_buffers(model: Any, module: nn.Module, waiting: Sequence[str]) -> None:
+    """Compute buffers of a module that also holds loaded parameters: initialise, then put the parameters back."""
+    kept = {name: parameter.detach().clone() for name, parameter in module.named_parameters(recurse=False)}
+    model._init_weights(module)
+    for name, value in kept.items():
+        module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    del waiting
+
+
+class InputObserver(TorchFunctionMode):
+    """Sees every matrix product with a watched parameter while a block runs.
+
+    watched: parameter name relative to the block -> tensor. ``on_input(slot, x, token)`` is called with ``x (tokens, in)`` and a
+    token that is equal for linears that read the very same tensor within one run. Linear (F.linear), Conv1D (addmm) and plain
+    matmul by a parameter or a slice of a 3-D parameter are seen.
+    """
+
+    def __init__(
+        self, watched: Mapping[str, torch.Tensor], on_input: Callable[[Slot, torch.Tensor, int], None]
+    ) -> None:
+        super().__init__()
+        self._by_storage = {value.untyped_storage().data_ptr(): (name, value) for name, value in watched.items()}
+        self._on_input = on_input
+        self._inputs: list[torch.Tensor] = []
+
+    def new_run(self) -> None:
+        """Forget the inputs of the run before; needed because memory addresses are reused."""
+        self._inputs.clear()
+
+    def _slot(self, weight: Any) -> Slot | None:
+        if not isinstance(weight, torch.Tensor) or weight.is_meta or weight.dim() != 2:
+            return None
+        found = self._by_storage.get(weight.untyped_storage().data_ptr())
+        if found is None:
+            return None
+        name, whole = found
+        if whole.dim() == 2:
+            return (name, None)
+        return (name, (weight.storage_offset() - whole.storage_offset()) // whole.stride(0))
+
+    def _token(self, x: torch.Tensor) -> int:
+        for index, seen in enumerate(self._inputs):
+            if (
+                seen is x
+                or (seen.data_ptr() == x.data_ptr() and seen.numel() == x.numel() and seen.stride(-1) == x.stride(-1))
+            ) and seen.shape[-1] == x.shape[-1]:
+                return index
+        # Kept alive until the run ends, so that its address stays its own.
+        self._inputs.append(x)
+        return len(self._inputs) - 1
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        pair: tuple[Any, Any] | None = None
+        if func is torch.nn.functional.linear:
+            pair = (args[0], args[1] if len(args) > 1 else kwargs.get("weight"))
+        elif func is torch.addmm and len(args) >= 3:
+            pair = (args[1], args[2])
+        elif func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm) and len(args) >= 2:
+            pair = (args[0], args[1])
+        if pair is not None and self._by_storage:
+            slot = self._slot(pair[1])
+            if slot is not None:
+                x = pair[0]
+                self._on_input(slot, x.reshape(-1, x.shape[-1]), self._token(x))
+        return func(*args, **kwargs)

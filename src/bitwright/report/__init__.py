@@ -1,0 +1,1 @@
+"""What a run or an evaluation tells people: the model card."""

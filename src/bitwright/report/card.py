@@ -1,0 +1,80 @@
+"""The model card: README.md of the output folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from bitwright.io.text import printable
+
+__all__ = ["model_card"]
+
+
+def _safe(text: object) -> str:
+    """Escaped for Markdown tables and HTML: names come from strangers."""
+    return escape(printable(str(text))).replace("|", "\\|")
+
+
+def model_card(provenance: Mapping[str, Any], engines: Mapping[str, str | None]) -> str:
+    """Markdown from the content of ``bitwright.json``. Depends on nothing else, not on the clock."""
+    recipe = provenance["recipe"]
+    sizes = provenance["sizes"]
+    name = _safe(provenance["source"]["name"])
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags:",
+        "- bitwright",
+        f"- {recipe['layout']}",
+        f"- {recipe['bits']}-bit",
+        "---",
+        "",
+        f"# {name}, quantized",
+        "",
+        f"Made with bitwright {_safe(provenance['bitwright'])} from `{name}`: {_safe(recipe['method'])}, "
+        f"{recipe['bits']} bits, group size {_safe(recipe['group_size'])}, layout {_safe(recipe['layout'])}.",
+        "",
+        "## Size",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| weight files | {sizes['weight_file_bytes']:,} bytes |",
+        f"| bits per parameter, whole model | {sizes['bits_per_weight']:.3f} |",
+        f"| bits per weight, quantized layers | {sizes['quantized_bits_per_weight']:.3f} |",
+        "",
+        "## Quality",
+        "",
+    ]
+    quality = provenance["quality"]
+    if quality:
+        lines += [
+            f"Measured on {int(quality['tokens'])} tokens of the calibration text while quantizing; run `bitwright eval` on text "
+            "of your own for figures on unseen text.",
+            "",
+            "| | original | quantized |",
+            "| --- | --- | --- |",
+            f"| perplexity | {quality['perplexity_source']:.4f} | {quality['perplexity_quantized']:.4f} |",
+            f"| mean KL divergence | 0 | {quality['kl_mean']:.6f} |",
+        ]
+    else:
+        lines += ["Not measured: this recipe uses no data. Run `bitwright eval OUT --against MODEL --text FILE`."]
+    lines += ["", "## Loads in", "", "| engine | |", "| --- | --- |"]
+    lines += [f"| {engine} | {'yes' if why is None else _safe(why)} |" for engine, why in engines.items()]
+    if provenance["fallbacks"]:
+        lines += ["", "## Fallbacks", "", "| tensor | what happened |", "| --- | --- |"]
+        lines += [f"| `{_safe(line['tensor'])}` | {_safe(line['fallback'])} |" for line in provenance["fallbacks"]]
+    if provenance["notes"]:
+        lines += ["", "## Notes", ""]
+        lines += [f"- {_safe(note)}" for note in provenance["notes"]]
+    lines += ["", "## Recipe", "", "```yaml"]
+    lines += [f"{key}: {_plain(value)}" for key, value in recipe.items()]
+    lines += ["```", "", "## Source", "", "| file | fingerprint |", "| --- | --- |"]
+    lines += [f"| `{_safe(file)}` | `{_safe(mark)}` |" for file, mark in provenance["source"]["files"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> str:
+    import json
+
+    return printable(json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,132 @@
+"""A quantized checkpoint as a Source: its tensors under their original names, decoded when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitwright import catalog
+from bitwright.core.layout import Layout
+from bitwright.core.scheme import Scheme
+from bitwright.core.tensor import QuantizedTensor, TensorSpec, parse_dtype
+from bitwright.errors import InputError
+from bitwright.io.model_files import already_quantized
+from bitwright.io.safetensors_dir import SafetensorsDir
+
+__all__ = ["DecodedSource", "find_layout", "open_checkpoint"]
+
+#: ``quant_method`` in config.json -> layout
+_LAYOUTS = {"gptq": "gptq", "compressed-tensors": "compressed-tensors", "bitwright": "native"}
+
+
+def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The ``quantization_config`` of a model config, wherever it stands."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(part.get(key), Mapping):
+                found: Mapping[str, Any] = part[key]
+                return found
+    return None
+
+
+def find_layout(config: Mapping[str, Any], path: Path) -> tuple[Layout, Mapping[str, Any]]:
+    """The layout that a config names. Raises InputError for methods that bitwright does not read."""
+    quantization = quantization_config(config)
+    if quantization is None:
+        raise InputError(f"{path}: config.json has no quantization_config", mend="this is a dense checkpoint")
+    method = str(quantization.get("quant_method", "")).lower()
+    if method not in _LAYOUTS:
+        raise InputError(f"{path}: quant_method '{method}' cannot be read", mend=f"readable: {', '.join(_LAYOUTS)}")
+    plugin = catalog.load("layouts", _LAYOUTS[method])
+    layout = plugin.from_config(quantization)
+    assert isinstance(layout, Layout)
+    return layout, quantization
+
+
+class DecodedSource:
+    """Source over a quantized checkpoint.
+
+    modules: quantized module name -> (scheme, shape). transposed: modules whose weight is ``(in, out)`` in the model (Conv1D);
+    they are stored in Linear orientation.
+    """
+
+    def __init__(
+        self, stored: SafetensorsDir, layout: Layout, modules: Mapping[str, tuple[Scheme, tuple[int, int]]],
+        dtype: torch.dtype, transposed: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
+        self.stored = stored
+        self.layout = layout
+        self.modules = modules
+        self.transposed = transposed
+        self._parts: dict[str, tuple[str, ...]] = {}
+        specs: dict[str, TensorSpec] = {}
+        part_of: set[str] = set()
+        for name, (scheme, (out, columns)) in modules.items():
+            parts = tuple(spec.name for spec in layout.tensors(name, scheme, (out, columns)))
+            missing = [part for part in parts if part not in stored.tensors]
+            if missing:
+                raise InputError(
+                    f"{stored.path}: quantized layer {name} lacks {', '.join(missing[:5])}", mend="check the download"
+                )
+            self._parts[name] = parts
+            part_of |= set(parts)
+            shape = (columns, out) if name in transposed else (out, columns)
+            specs[name + ".weight"] = TensorSpec(name + ".weight", shape, dtype)
+        rest = {name: spec for name, spec in stored.tensors.items() if name not in part_of}
+        self._tensors = {**rest, **specs}
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.stored.path
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The parsed config.json."""
+        return self.stored.config
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """Original names and shapes; quantized ones in the model's dtype."""
+        return self._tensors
+
+    def quantized(self, module: str) -> QuantizedTensor:
+        """Codes and parameters of one module."""
+        scheme, shape = self.modules[module]
+        parts = {name: self.stored.read(name) for name in self._parts[module]}
+        return self.layout.unpack(module, scheme, shape, parts)
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """A tensor under its original name; quantized ones are decoded to float32."""
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module in self.modules:
+            weight = self.quantized(module).decode()
+            weight = weight.T.contiguous() if module in self.transposed else weight
+            return weight if rows is None else weight[rows[0] : rows[1]].clone()
+        return self.stored.read(name, rows)
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """That of the files."""
+        return self.stored.fingerprint()
+
+
+def open_checkpoint(path: Path) -> SafetensorsDir | DecodedSource:
+    """A dense or quantized checkpoint folder; quantized ones decode as they are read."""
+    stored = SafetensorsDir.open(path)
+    if already_quantized(stored.config) is None:
+        return stored
+    layout, quantization = find_layout(stored.config, path)
+    dtype = parse_dtype(str(stored.config.get("dtype") or stored.config.get("torch_dtype") or "bfloat16"))
+    modules = layout.read_config(quantization, dtype, stored.tensors, stored.read)
+    if not modules:
+        raise InputError(f"{path}: config.json says {quantization.get('quant_method')}, but no tensor is quantized")
+    return DecodedSource(stored, layout, modules, dtype, conv1d_modules(stored.config, modules))
+
+
+def conv1d_modules(config: Mapping[str, Any], modules: Mapping[str, object]) -> frozenset[str]:
+    """Modules that transformers holds as Conv1D, ``(in, out)``: all of GPT-2's."""
+    return frozenset(modules) if config.get("model_type") in ("gpt2", "openai-gpt") else frozenset()

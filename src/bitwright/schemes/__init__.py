@@ -1,0 +1,1 @@
+"""Schemes: which numbers exist. One file each; ``catalog.load("schemes", name)`` finds them."""

@@ -1,0 +1,166 @@
+"""What every catalogued scheme must do. A new file in ``schemes`` is picked up here by itself."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bitwright import catalog
+from bitwright.core.scheme import AffineCodec, Scheme
+from bitwright.core.tensor import QuantizedTensor
+from bitwright.errors import InputError, NumericError, PlanError
+
+SHAPE = (64, 512)
+#: Options worth trying beside the defaults; a scheme that is not listed is tried with its defaults.
+OPTIONS = {
+    "affine": [
+        {"bits": bits, "symmetric": symmetric, **where}
+        for bits in (2, 3, 4, 5, 6, 8)
+        for symmetric in (True, False)
+        for where in ({"group_size": 32}, {"group_size": 64}, {"granularity": "channel"}, {"granularity": "tensor"})
+    ]
+    + [
+        {"symmetric_range": "narrow", "bits": 8, "granularity": "channel"},
+        {"scale_dtype": "bfloat16"},
+        {"scale_dtype": "float32", "group_size": 256},
+        {"symmetric": False, "zero_min": 1},
+    ],
+}
+
+
+def instances() -> list[Scheme]:
+    return [catalog.load("schemes", name)(**o) for name in catalog.names("schemes") for o in OPTIONS.get(name, [{}])]
+
+
+def weight(kind: str, shape=SHAPE) -> torch.Tensor:
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(7)) * 0.02
+    if kind == "constant":
+        w.fill_(0.013)
+    elif kind == "zero":
+        w.zero_()
+    elif kind == "denormal":
+        w *= 1e-42
+    elif kind == "outlier":
+        w[3, 77] = 50.0
+    elif kind == "mixed":
+        w[0].zero_()
+        w[1].fill_(-0.5)
+        w[2] *= 1e-30
+        w[3].abs_()
+    return w
+
+
+def quantized(scheme: Scheme, w: torch.Tensor) -> QuantizedTensor:
+    context = scheme.prepare([w])
+    try:
+        params, codes = scheme.quantize(w, context=context)
+    except PlanError as error:
+        if "for reading" not in error.message:  # the one reason for which a scheme may refuse to fit
+            raise
+        pytest.skip("for reading alone")
+    return QuantizedTensor(scheme, (w.shape[0], w.shape[1]), codes, params)
+
+
+schemes = pytest.mark.parametrize("scheme", instances(), ids=lambda s: json.dumps(s.to_spec())[1:-1].replace('"', ""))
+
+
+@schemes
+def test_parameters_and_codes_obey_the_announced_sizes(scheme):
+    q = quantized(scheme, weight("normal"))  # its constructor compares with param_spec
+    assert q.codes.dtype == torch.uint8
+    assert int(q.codes.max()) < scheme.levels <= 2**scheme.code_bits
+
+
+@schemes
+def test_reencoding_decoded_values_is_stable(scheme):
+    for kind in ("normal", "outlier", "mixed"):
+        q = quantized(scheme, weight(kind))
+        assert torch.equal(scheme.encode(q.decode(), q.params), q.codes), kind
+
+
+@schemes
+@pytest.mark.parametrize("kind", ["constant", "zero", "denormal", "outlier", "mixed"])
+def test_degenerate_tiles_stay_finite(scheme, kind):
+    w = weight(kind)
+    q = quantized(scheme, w)
+    decoded = q.decode()
+    assert torch.isfinite(decoded).all()
+    assert all(torch.isfinite(p.float()).all() for p in q.params.values())
+    if kind == "zero":
+        assert not decoded.any()
+    if kind == "denormal":
+        assert float(decoded.abs().max()) < 1e-4
+
+
+@schemes
+def test_huge_weights_are_finite_or_a_numeric_error(scheme):
+    w = weight("normal") * 1e8
+    mend, q = "", None
+    try:
+        q = quantized(scheme, w)
+    except NumericError as error:
+        mend = error.mend
+    assert mend if q is None else torch.isfinite(q.decode()).all()
+
+
+@schemes
+def test_columns_equal_slicing(scheme):
+    w = weight("normal")
+    q = quantized(scheme, w)
+    span = scheme.span(SHAPE[1])
+    for start in range(0, SHAPE[1], span):
+        part = scheme.columns(q.params, start, start + span, SHAPE)
+        codes = q.codes[:, start // scheme.vector : (start + span) // scheme.vector]
+        assert torch.equal(scheme.decode(codes.contiguous(), part), q.decode()[:, start : start + span])
+    if 1 < span < SHAPE[1]:
+        with pytest.raises(InputError, match="tile"):
+            scheme.columns(q.params, 1, span, SHAPE)
+
+
+@schemes
+def test_the_codec_says_what_decode_does(scheme):
+    q = quantized(scheme, weight("mixed"))
+    codec = scheme.codec(q.params, SHAPE)
+    scale = codec.scale[:, codec.tile]
+    if isinstance(codec, AffineCodec):
+        values = (q.codes.float() - codec.zero[:, codec.tile]) * scale
+        assert codec.low <= int(q.codes.min())
+        assert int(q.codes.max()) <= codec.high
+    else:
+        values = codec.table[q.codes.long()] * scale
+    torch.testing.assert_close(values, q.decode(), rtol=1e-6, atol=0)
+
+
+@schemes
+def test_inputs_are_not_changed_and_results_repeat(scheme):
+    w = weight("normal")
+    before = w.clone()
+    one, two = quantized(scheme, w), quantized(scheme, w)
+    assert one.equals(two)
+    assert torch.equal(w, before)
+
+
+@schemes
+def test_the_spec_rebuilds_the_scheme(scheme):
+    assert catalog.load_scheme(json.loads(json.dumps(scheme.to_spec()))) == scheme
+
+
+@schemes
+def test_sizes_add_up(scheme):
+    specs = scheme.param_spec(SHAPE)
+    stored = sum(8 * spec.nbytes for spec in specs) + SHAPE[0] * SHAPE[1] / scheme.vector * scheme.code_bits
+    # Zero points take a byte in memory and no more than code_bits when packed.
+    assert scheme.bits_per_weight(SHAPE) * SHAPE[0] * SHAPE[1] <= stored + 1e-6
+
+
+@schemes
+def test_more_importance_never_breaks_a_fit(scheme):
+    w = weight("mixed")
+    context = scheme.prepare([w])
+    importance = torch.rand(SHAPE[1], generator=torch.Generator().manual_seed(1))
+    importance[:10] = 0.0
+    quantized(scheme, w)  # skips schemes that do not fit
+    params, codes = scheme.quantize(w, weights=importance, context=context)
+    assert torch.isfinite(scheme.decode(codes, params)).all()
