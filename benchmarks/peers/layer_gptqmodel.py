@@ -32,9 +32,10 @@ def main() -> None:
         task.quantizer.configure(perchannel=True)
         task.H = gram * (2.0 / tokens)
         task.nsamples = tokens
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         quantized, *_ = task.quantize()
-        return quantized.detach().clone(), {"total": time.perf_counter() - started}
+        ended, cpu_ended = time.perf_counter(), time.process_time()
+        return quantized.detach().clone(), {"total": ended - started, "cpu": cpu_ended - cpu_started}
 
     quantized, timing = time_layer(run, repeats=arguments.repeats)
     report_layer(

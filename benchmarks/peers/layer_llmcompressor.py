@@ -37,7 +37,7 @@ def main() -> None:
     @torch.no_grad()
     def run() -> tuple[torch.Tensor, dict[str, float]]:
         working_weight, hessian = weight.clone().unsqueeze(0), (gram * (2.0 / tokens)).unsqueeze(0)
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         observer = Observer.load_from_registry(number.observer, base_name="weight", args=number, module=module)
         observer(module.weight)
         ranges = observer.get_qparams()
@@ -50,10 +50,15 @@ def main() -> None:
             global_scale=None,
             quant_args=number,
         )
-        ended = time.perf_counter()
+        ended, cpu_ended = time.perf_counter(), time.process_time()
         if bool(fell_back.any()):
             raise SystemExit("the Hessian was not positive definite: llm-compressor fell back to rounding")
-        parts = {"total": ended - started, "observer": observed - started, "quantize_weight": ended - observed}
+        parts = {
+            "total": ended - started,
+            "observer": observed - started,
+            "quantize_weight": ended - observed,
+            "cpu": cpu_ended - cpu_started,
+        }
         return quantized[0], parts
 
     quantized, timing = time_layer(run, repeats=arguments.repeats)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -79,7 +80,7 @@ def time_layer(
     """Warm up once, then time `repeats` runs.
 
     `run` times itself (it must leave the copying of its inputs out) and returns the dequantized weight and
-    {part of the work: seconds}, of which "total" is the whole.
+    {part of the work: seconds}, of which "total" is the whole and "cpu" the processor time of all threads.
     """
     run()
     timings: list[dict[str, float]] = []
@@ -91,6 +92,7 @@ def time_layer(
         "seconds": totals,
         "seconds_median": statistics.median(totals),
         "seconds_min": min(totals),
+        "cpu_seconds_min": min(timing["cpu"] for timing in timings),
         "seconds_parts": timings,
     }
 
@@ -123,6 +125,7 @@ def report_layer(
             "bits": arguments.bits,
             "group_size": arguments.group_size,
             "threads": arguments.threads,
+            "load_average": os.getloadavg()[0],  # above `threads`: others had the cores too, and wall time misleads
             "proxy_loss": loss,
             "proxy_loss_relative": loss / energy,
             **timing,

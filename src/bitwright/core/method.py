@@ -9,13 +9,36 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from bitwright.core.scheme import Codec, Scheme
+from bitwright.core.scheme import Codec, Params, Scheme
 from bitwright.core.stats import Statistic
 from bitwright.core.tensor import QuantizedTensor
 
-__all__ = ["Context", "FeedbackKernel", "Method", "Outcome"]
+__all__ = ["Context", "FeedbackKernel", "Method", "Outcome", "TileKernel", "TileSums"]
 
+#: Statistics by name: "gram" (Gram), "drift" and "residual_drift" (CrossGram).
 Stats = Mapping[str, Statistic]
+
+
+@dataclass(frozen=True, slots=True)
+class TileSums:
+    """Sums over every tile, each ``(rows, tile columns)`` float32, with steps = code - zero of the nearest codes.
+
+    error: of weights * (w - decoded)²; above: of weights * w * steps; below: of weights * steps². The scale that fits these codes
+    best is above / below.
+    """
+
+    error: torch.Tensor
+    above: torch.Tensor
+    below: torch.Tensor
+
+
+class TileKernel(Protocol):
+    """Encodes every tile under given parameters and sums up the outcome, in one pass; see ``kernels/reference.py``."""
+
+    def __call__(
+        self, w: torch.Tensor, weights: torch.Tensor | None, scheme: Scheme, params: Params
+    ) -> TileSums | None:
+        """Sums for ``w`` ``(rows, columns)`` float32 and ``weights`` ``(columns,)``; None for schemes that it does not know."""
 
 
 class FeedbackKernel(Protocol):
@@ -37,6 +60,7 @@ class Context:
     """What the engine hands to a method beside the weight: fast kernels, and what the scheme prepared above the tile."""
 
     feedback: FeedbackKernel
+    tile_sums: TileKernel | None = None
     prepared: Any = None
     #: raise instead of falling back when a factorisation fails for good
     strict: bool = False
@@ -62,17 +86,29 @@ class Method(ABC):
     """Base of every method; a method is a frozen dataclass of options. Inputs are never mutated."""
 
     name: ClassVar[str]
-    #: names of the statistics that it wants ("gram", ...); empty for data-free methods
-    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the statistics that it wants ("gram", "drift"); empty for data-free methods."""
+        return frozenset()
 
     @abstractmethod
     def quantize(self, w: torch.Tensor, stats: Stats, scheme: Scheme, context: Context) -> Outcome:
         """Quantize ``w`` ``(rows, columns)`` float32. Raises NumericError for weights that are not finite."""
 
 
+#: Rows that the reported loss is estimated on.
+_LOSS_ROWS = 256
+
+
 def relative_loss(w: torch.Tensor, decoded: torch.Tensor, gram: torch.Tensor) -> float:
-    """tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ); 0 where the denominator is 0."""
-    error = w - decoded
+    """tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ) over at most 256 evenly spaced rows; 0 where the denominator is 0.
+
+    All rows would cost as much as the quantization itself; the figure only ranks layers.
+    """
+    step = -(-len(w) // _LOSS_ROWS)
+    sample = w[::step]
+    error = sample - decoded[::step]
     above = float((error @ gram).mul_(error).sum(dtype=torch.float64))
-    below = float((w @ gram).mul_(w).sum(dtype=torch.float64))
+    below = float((sample @ gram).mul_(sample).sum(dtype=torch.float64))
     return above / below if below > 0 else 0.0

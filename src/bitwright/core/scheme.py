@@ -7,7 +7,7 @@ error feedback. Methods work over any scheme through ``span``, ``fit``, ``encode
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -174,6 +174,14 @@ class Scheme(ABC):
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, *, weights: torch.Tensor | None) -> Params:
         """Better parameters for codes that are already chosen, where a closed form exists. Default: the same ones."""
         return params
+
+    def clipped(self, w: torch.Tensor, clips: Sequence[float], context: Any = None) -> Iterator[Params]:
+        """``fit(w, clip=clip)`` for every clip; schemes that need the range of ``w`` only once override it."""
+        return (self.fit(w, context=context, clip=clip) for clip in clips)
+
+    def refit_sums(self, above: torch.Tensor, below: torch.Tensor, params: Params) -> Params | None:
+        """``refit`` from the sums of ``core.method.TileSums``, or None where the scheme has no such closed form."""
+        return None
 
     def choose(self, first: torch.Tensor, a: Params, b: Params) -> Params:
         """Per tile, parameters of ``a`` where ``first`` ``(tile rows, tile columns)`` is true, else those of ``b``."""

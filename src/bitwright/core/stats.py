@@ -81,26 +81,38 @@ class Gram(Statistic):
 
 @dataclass
 class CrossGram(Statistic):
-    """Sum of ``d xᵀ`` over tokens, where d is the original model's input minus this model's: ``(columns, columns)`` float32.
+    """Sum of ``(a - b) xᵀ`` over tokens: ``(rows, columns)`` float32, rows defaulting to columns.
 
-    It carries the error that earlier quantized layers left in this layer's input (arXiv:2504.02692, section 3).
+    With a the original model's input of a layer and b = x this model's, it carries the error that earlier quantized layers left
+    in the input (arXiv:2504.02692, section 3); with a and b the residual streams that the output is added to, the error there.
     """
 
-    name: ClassVar[str] = "cross_gram"
+    name: ClassVar[str] = "drift"
+    rows: int = 0
     product: Product = gram_product
     matrix: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.matrix = torch.zeros(self.columns, self.columns)
+        self.rows = self.rows or self.columns
+        self.matrix = torch.zeros(self.rows, self.columns)
 
     def update(self, x: torch.Tensor) -> None:
-        raise InputError("cross_gram needs the original input too", mend="call update_pair")
+        raise InputError("drift needs the original input too", mend="call update_pair")
 
     def update_pair(self, original: torch.Tensor, x: torch.Tensor) -> None:
-        """Add ``(tokens, columns)`` activations of the original model and of this one, token for token."""
+        """Add ``(tokens, columns)`` inputs of the original model and of this one, token for token."""
+        self.update_against(original, x, x)
+
+    def update_against(self, original: torch.Tensor, now: torch.Tensor, x: torch.Tensor) -> None:
+        """Add ``(original - now) xᵀ``; the first two are ``(tokens, rows)``, x is ``(tokens, columns)``."""
         self._check(x)
-        self._check(original)
-        self.matrix += self.product(original.float() - x.float(), x.float())
+        if original.shape != now.shape or original.shape != (len(x), self.rows):
+            raise InputError(
+                f"drift expects pairs of ({len(x)}, {self.rows}), got {tuple(original.shape)}, {tuple(now.shape)}"
+            )
+        # The difference is rounded back to the dtype of the activations: their own precision, at the speed of their units.
+        difference = (original.float() - now.float()).to(x.dtype)
+        self.matrix += self.product(difference, x)
         self.count += len(x)
 
     def merge(self, other: Self) -> None:

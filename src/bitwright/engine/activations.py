@@ -40,6 +40,10 @@ class ActivationWriter:
         if self.kept is not None:
             self.kept.append(tensor)
 
+    def close(self) -> None:
+        """Close the file; without ``finish`` before, the generation is not whole."""
+        self._file.close()
+
     def finish(self) -> str:
         """Flush to the disk; the hash covers data and index."""
         index = json.dumps(self._index).encode()

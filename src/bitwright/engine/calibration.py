@@ -160,9 +160,14 @@ def _ids(tokenizer: Any, text: str, calibration: Calibration) -> list[int]:
         raise InputError(
             f"the chat template tries something unsafe: {error}", mend="use a template you trust"
         ) from error
-    except (jinja2.exceptions.TemplateError, TypeError, KeyError) as error:
+    # A template is a program: it can divide by zero, index past an end, recurse without one.
+    except (
+        *(jinja2.exceptions.TemplateError, TypeError, LookupError, ValueError, ArithmeticError),
+        *(AttributeError, RecursionError),
+    ) as error:
         raise InputError(
-            f"the chat template cannot be rendered: {error}", mend="check the template and the text"
+            f"the chat template cannot be rendered: {str(error) or type(error).__name__}",
+            mend="check the template and the text",
         ) from error
     return [int(i) for i in tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]]
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitwright.core.stats import Gram, Product
+from bitwright.core.stats import CrossGram, Gram, Product
 from bitwright.model.blocks import BlockCall, BlockRunner, InputObserver, Slot
 from bitwright.model.structure import LinearUnit
 
-__all__ = ["Group", "collect", "fast_gram_product", "trace"]
+__all__ = ["Batch", "Group", "GroupStats", "collect", "fast_gram_product", "split_by_memory", "trace"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,16 @@ class Group:
         return 4 * self.columns * self.columns
 
 
-class _StageDone(Exception):  # noqa: N818 - a signal, not an error
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of a block for one calibration batch. original: the original model's hidden states, where they are carried."""
+
+    hidden: torch.Tensor
+    call: BlockCall
+    original: torch.Tensor | None = None
+
+
+class _StageDone(Exception):
     """Everything this stage reads has been seen; the rest of the block need not run."""
 
 
@@ -102,54 +111,125 @@ def _bfloat16_units() -> bool:
 
 
 @dataclass
+class GroupStats:
+    """What was collected for one group.
+
+    drift: with d = the original model's input minus this one's, the sum of d xᵀ. residual_drift: per slot whose output is added
+    to the residual stream, the same with the difference of the streams before the addition.
+    """
+
+    gram: Gram
+    drift: CrossGram | None = None
+    residual_drift: dict[Slot, CrossGram] = field(default_factory=dict)
+
+
+@dataclass
+class _Inputs:
+    """Inputs (and residual operands) of the groups in one run of the original block."""
+
+    groups: Sequence[Group]
+    x: dict[int, torch.Tensor] = field(default_factory=dict)
+    residual: dict[Slot, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.of_slot = {slot: i for i, group in enumerate(self.groups) for slot in group.slots if slot[1] is None}
+
+    def on_input(self, slot: Slot, x: torch.Tensor, _token: int) -> None:
+        if slot in self.of_slot:
+            self.x[self.of_slot[slot]] = x
+
+    def on_sum(self, slot: Slot, other: torch.Tensor) -> None:
+        if slot in self.of_slot:
+            self.residual[slot] = other
+
+
+@dataclass
 class _Collector:
+    """Fills the statistics during runs of the block that is being quantized."""
+
     groups: Sequence[Group]
     product: Product
-    grams: dict[int, Gram] = field(default_factory=dict)
+    stats: dict[int, GroupStats] = field(default_factory=dict)
+    original: _Inputs | None = None
 
     def __post_init__(self) -> None:
         self.of_slot = {slot: index for index, group in enumerate(self.groups) for slot in group.slots}
-        self.dense = sum(len(g.slots) for g in self.groups) if all(s[1] is None for s in self.of_slot) else 0
-        self.filled: set[int] = set()
-        self.seen = 0
+        # Experts may be called in any order and number; only dense stages can be cut short.
+        self.dense = all(expert is None for _, expert in self.of_slot)
+        self.current: dict[int, torch.Tensor] = {}
+        self.waiting: set[Slot] = set()
+        self.sums_left: set[Slot] = set()
 
-    def new_run(self) -> None:
-        self.filled.clear()
-        self.seen = 0
+    def new_run(self, original: _Inputs | None) -> None:
+        self.original = original
+        self.current.clear()
+        self.sums_left = set(original.residual) if original else set()
+        self.waiting = set(self.of_slot)
 
-    def __call__(self, slot: Slot, x: torch.Tensor, _token: int) -> None:
+    def on_input(self, slot: Slot, x: torch.Tensor, _token: int) -> None:
         index = self.of_slot.get(slot)
         if index is None:
             return
-        # An expert may be called more than once per run; dense linears of a group see the same input, which counts once.
-        if slot[1] is not None or index not in self.filled:
-            gram = self.grams.setdefault(index, Gram(self.groups[index].columns, product=self.product))
+        group = self.groups[index]
+        stats = self.stats.setdefault(index, GroupStats(Gram(group.columns, product=self.product)))
+        # Linears of a dense group see the same input, which counts once; an expert may be called more than once a run.
+        if slot[1] is not None or index not in self.current:
             if len(x):
-                gram.update(x)
-            self.filled.add(index)
-        self.seen += 1
-        if self.dense and self.seen >= self.dense:
+                stats.gram.update(x)
+            self.current[index] = x
+            if self.original is not None and index in self.original.x:
+                if stats.drift is None:
+                    stats.drift = CrossGram(group.columns, product=self.product)
+                stats.drift.update_pair(self.original.x[index], x)
+        self.waiting.discard(slot)
+        self._maybe_stop()
+
+    def on_sum(self, slot: Slot, other: torch.Tensor) -> None:
+        if slot not in self.sums_left or self.original is None:
+            return
+        index = self.of_slot[slot]
+        x = self.current[index]
+        found = self.stats[index].residual_drift
+        if slot not in found:
+            found[slot] = CrossGram(x.shape[1], rows=other.shape[1], product=self.product)
+        found[slot].update_against(self.original.residual[slot], other, x)
+        self.sums_left.discard(slot)
+        self._maybe_stop()
+
+    def _maybe_stop(self) -> None:
+        if self.dense and not self.waiting and not self.sums_left:
             raise _StageDone
 
 
 def collect(
     block: nn.Module,
     groups: Sequence[Group],
-    batches: Iterable[tuple[torch.Tensor, BlockCall]],
+    batches: Iterable[Batch],
+    *,
+    original: nn.Module | None = None,
     product: Product = fast_gram_product,
-) -> list[Gram]:
-    """One Gram matrix per group over all batches; an expert that no token reached gets an empty one."""
+) -> list[GroupStats]:
+    """Statistics per group over all batches; an expert that no token reached gets an empty Gram matrix.
+
+    original: the block with its original weights. Where it is given and a batch has the original model's hidden states, both
+    run, and the drift between them is collected for dense groups.
+    """
     collector = _Collector(groups, product)
-    observer = InputObserver(_watched(block, collector.of_slot), collector)
-    for hidden, call in batches:
+    observer = InputObserver(_watched(block, collector.of_slot), collector.on_input, collector.on_sum)
+    for batch in batches:
+        seen = None
+        if original is not None and batch.original is not None:
+            seen = _Inputs(groups)
+            with InputObserver(_watched(original, seen.of_slot), seen.on_input, seen.on_sum):
+                BlockRunner.run(original, batch.original, batch.call)
         observer.new_run()
-        collector.new_run()
+        collector.new_run(seen)
         try:
             with observer:
-                BlockRunner.run(block, hidden, call)
+                BlockRunner.run(block, batch.hidden, batch.call)
         except _StageDone:
             pass
-    return [collector.grams.get(i, Gram(group.columns)) for i, group in enumerate(groups)]
+    return [collector.stats.get(i, GroupStats(Gram(group.columns))) for i, group in enumerate(groups)]
 
 
 def split_by_memory(groups: Sequence[Group], budget_bytes: int) -> Iterator[list[Group]]:

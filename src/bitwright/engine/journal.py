@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,10 +39,12 @@ class Commit:
 class Journal:
     """Append-only record of a run in its staging folder."""
 
-    def __init__(self, folder: Path, identity: dict[str, str], commits: list[Commit]) -> None:
+    def __init__(self, folder: Path, identity: dict[str, str], commits: list[Commit], torn: bool = False) -> None:
         self.folder = folder
         self.identity = identity
         self.commits = commits
+        #: True where a damaged tail was dropped on reopening
+        self.torn = torn
 
     @classmethod
     def start(cls, folder: Path, identity: dict[str, str]) -> Journal:
@@ -64,20 +65,18 @@ class Journal:
     def reopen(cls, folder: Path, identity: dict[str, str]) -> Journal:
         """The journal of an interrupted run.
 
-        A torn or damaged tail is dropped with a warning. Raises ResumeError where the identity differs, listing what changed,
+        A torn or damaged tail is dropped, and ``torn`` is set. Raises ResumeError where the identity differs, listing what changed,
         and where the journal's head is not readable.
         """
         lines = (folder / _NAME).read_bytes().split(b"\n")
         records: list[dict[str, Any]] = []
+        torn = False
         for line in lines:
             if not line:
                 continue
             record = _parse(line)
             if record is None:
-                if records:
-                    warnings.warn(
-                        f"{folder / _NAME}: the newest entry is damaged; going back to the one before", stacklevel=2
-                    )
+                torn = True
                 break
             records.append(record)
         if not records or not isinstance(records[0].get("identity"), dict):
@@ -93,7 +92,7 @@ class Journal:
                 "the interrupted run was another one; " + "; ".join(changed),
                 mend="run it with the same inputs, or start again with --resume never",
             )
-        journal = cls(folder, identity, [Commit(**record["commit"]) for record in records[1:]])
+        journal = cls(folder, identity, [Commit(**record["commit"]) for record in records[1:]], torn)
         journal._rewrite()
         return journal
 

@@ -24,10 +24,12 @@ from bitwright.engine.recipe import Recipe
 from bitwright.engine.sample import sample_tokens
 from bitwright.engine.verify import verify
 from bitwright.errors import BitwrightError, InputError, ResumeError, Stopped, VerifyError
+from bitwright.io.files import os_error
 from bitwright.io.model_files import already_quantized, refuse_remote_code, side_files, tokenizer_vocab_size
 from bitwright.io.publish import Staging
 from bitwright.io.safetensors_dir import SafetensorsDir
 from bitwright.io.safetensors_writer import SafetensorsWriter, index_json
+from bitwright.io.text import printable
 
 __all__ = ["Result", "open_source", "quantize_folder", "vocab_size"]
 
@@ -103,9 +105,9 @@ def quantize_folder(
             progress.note(note)
         budget = Budget.of(plan, max_memory_bytes, tokens)
         with Staging.acquire(output, overwrite=overwrite, source=model) as staging:
-            identity = _identity(recipe, source, tokens)
-            journal = _open_journal(staging, identity, resume, plan, budget, progress)
             try:
+                identity = _identity(recipe, source, tokens)
+                journal = _open_journal(staging, identity, resume, plan, budget, progress)
                 if plan.needs_calibration and tokens is None:
                     tokens = sample_tokens(recipe, source, staging.work, vocab_size(source), progress)
                 for note in tokens.warnings if tokens else ():
@@ -121,6 +123,10 @@ def quantize_folder(
                 # What cannot be finished leaves nothing behind; an interrupted run stays, to be resumed.
                 staging.discard()
                 raise
+            except OSError as error:
+                staging.discard()
+                where = printable(str(output))
+                raise os_error(error, f"writing {where}", folder=output.absolute().parent) from error
     return Result(output, plan, result.report, result.quality, result.calibration, result.notes)
 
 
@@ -176,6 +182,8 @@ def _open_journal(
         raise ResumeError("there is no interrupted run to resume", mend="start one with --resume auto")
     if present and resume != "never":
         journal = Journal.reopen(staging.work, identity)
+        if journal.torn:
+            progress.note("the newest entry of the journal is damaged; going back to the one before")
         progress.note(f"resuming after {len(journal.commits)} of {plan.structure.block_count + 1} steps")
         return journal
     staging.reset()
@@ -194,6 +202,10 @@ def _drive(
 ) -> Result:
     stored = {entry.tensor: [spec.name for spec in entry.stored] for entry in plan.entries}
     written = [name for commit in journal.commits for tensor in commit.hashes for name in stored[tensor]]
+    if not journal.commits:
+        # A run that was killed before its first commit may have created them.
+        for shard in plan.shards:
+            (files / shard.file_name).unlink(missing_ok=True)
     with (
         SafetensorsWriter(files, plan.shards, resume=bool(journal.commits), written=written) as sink,
         StopRequest() as stop,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +11,11 @@ import torch
 from bitwright.engine.calibration import CalibrationTokens, tokens_from_windows
 from bitwright.engine.progress import Progress
 from bitwright.engine.recipe import Recipe
-from bitwright.errors import InputError
+from bitwright.errors import InputError, NumericError
 from bitwright.io.safetensors_dir import SafetensorsDir
+from bitwright.model.blocks import BlockRunner
+from bitwright.model.names import map_names
+from bitwright.model.skeleton import build_skeleton
 
 __all__ = ["sample_tokens"]
 
@@ -44,13 +48,11 @@ def _sample(recipe: Recipe, source: SafetensorsDir, progress: Progress) -> np.nd
             f"{source.path}: {source.total_bytes / 1e9:.0f} GB is too large to sample calibration text from on this machine",
             mend="give a text with --calibration",
         )
-    from bitwright.runtime.load import load_model
-
     calibration = recipe.calibration
     progress.note(
         f"no calibration text given: sampling {calibration.samples} x {calibration.length} tokens from the model"
     )
-    model = load_model(source.path)
+    model = _whole_model(source)
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or calibration.length
     length = min(calibration.length, int(limit))
@@ -66,8 +68,32 @@ def _sample(recipe: Recipe, source: SafetensorsDir, progress: Progress) -> np.nd
             while tokens.shape[1] < length:
                 out = model(input_ids=current, past_key_values=cache, use_cache=True)
                 cache = out.past_key_values
-                probabilities = torch.softmax(out.logits[:, -1].float(), dim=-1)
+                logits = out.logits[:, -1].float()
+                if not bool(torch.isfinite(logits).all()):
+                    raise _not_finite(source)
+                probabilities = torch.softmax(logits, dim=-1)
                 current = torch.multinomial(probabilities, 1, generator=generator)
                 tokens = torch.cat([tokens, current], dim=1)
             rows.append(tokens)
     return torch.cat(rows).numpy()
+
+
+def _whole_model(source: SafetensorsDir) -> Any:
+    skeleton = build_skeleton(source.path)
+    model = skeleton.model
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    BlockRunner(skeleton, map_names(skeleton, source.tensors), source, dtype).fill("", model)
+    model.tie_weights()
+    return model.eval()
+
+
+def _not_finite(source: SafetensorsDir) -> NumericError:
+    """Names the tensor to blame, where there is one."""
+    for name, spec in source.tensors.items():
+        if spec.dtype.is_floating_point and spec.dtype.itemsize > 1:
+            bad = int((~torch.isfinite(source.read(name))).sum())
+            if bad:
+                return NumericError(
+                    f"{name}: {bad} values are NaN or infinite", mend="the checkpoint is damaged; download it again"
+                )
+    return NumericError("the model's own logits are not finite", mend="give a text with --calibration")

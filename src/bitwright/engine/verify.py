@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from bitwright.engine.blockwise import cast_call
 from bitwright.engine.calibration import CalibrationTokens
-from bitwright.engine.driver import CHUNK_ELEMENTS, decoded_hash
 from bitwright.engine.journal import Commit
 from bitwright.engine.plan import Plan
+from bitwright.engine.tensors import CHUNK_ELEMENTS, bytes_of, decoded_hash
 from bitwright.errors import BitwrightError, VerifyError
 from bitwright.io.safetensors_dir import SafetensorsDir
 from bitwright.model.blocks import BlockRunner
@@ -63,17 +64,12 @@ def _raw_hash(stored: SafetensorsDir, name: str) -> str:
     digest = hashlib.sha256()
     spec = stored.tensors[name]
     if not spec.shape or spec.nbytes <= CHUNK_ELEMENTS:
-        digest.update(_bytes(stored.read(name)))
+        digest.update(bytes_of(stored.read(name)))
         return digest.hexdigest()
     rows = max(1, CHUNK_ELEMENTS * spec.shape[0] // spec.nbytes)
     for start in range(0, spec.shape[0], rows):
-        digest.update(_bytes(stored.read(name, (start, min(start + rows, spec.shape[0])))))
+        digest.update(bytes_of(stored.read(name, (start, min(start + rows, spec.shape[0])))))
     return digest.hexdigest()
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    view: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return view
 
 
 def _verify_activations(
@@ -85,8 +81,6 @@ def _verify_activations(
     mend: str,
 ) -> None:
     """Run calibration batch 0 through the written blocks, in the dtypes that the run used."""
-    from bitwright.engine.driver import cast_call
-
     assert plan.skeleton is not None
     names = map_names(plan.skeleton, opened.tensors)
     runner = BlockRunner(plan.skeleton, names, opened, plan.compute_dtype)

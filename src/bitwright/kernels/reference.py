@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from bitwright.core.scheme import AffineCodec, Codec
+from bitwright.core.method import TileSums
+from bitwright.core.scheme import AffineCodec, Codec, Params, Scheme
 
-__all__ = ["feedback_block"]
+__all__ = ["feedback_block", "tile_sums"]
 
 
 def feedback_block(
@@ -36,3 +37,19 @@ def feedback_block(
         errors[j] = weights[j] - decoded
         targets[j + 1 :] += feedback[j, j + 1 :, None] * errors[j]
     return codes, errors
+
+
+def tile_sums(w: torch.Tensor, weights: torch.Tensor | None, scheme: Scheme, params: Params) -> TileSums | None:
+    """Sums of every tile, from the scheme's own encode and decode; shapes as in ``core.method.TileKernel``."""
+    if scheme.tile.rows != 1 or "scale" not in params:
+        return None
+    rows, columns = w.shape
+    span = scheme.span(columns)
+    decoded = scheme.decode(scheme.encode(w, params), params)
+    steps = (decoded.view(rows, -1, span) / params["scale"].float().unsqueeze(-1)).round().view(rows, columns)
+    importance = torch.ones(columns) if weights is None else weights.float()
+
+    def total(values: torch.Tensor) -> torch.Tensor:
+        return (values * importance).view(rows, -1, span).sum(-1)
+
+    return TileSums(total((w - decoded).square()), total(w * steps), total(steps.square()))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Place", "place", "regexes", "unique"]
+__all__ = ["Place", "experts", "place", "regexes", "unique"]
 
 #: Linears that vLLM fuses into one module, and the fused module's name (``packed_modules_mapping`` of its models).
 FUSED = {
@@ -49,11 +49,27 @@ def _any_of(words: Sequence[str]) -> str:
     return escaped[0] if len(escaped) == 1 else "(?:" + "|".join(escaped) + ")"
 
 
+def experts(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """The modules that vLLM makes of all experts of a block, where ``names`` holds every expert and ``others`` none.
+
+    >>> experts(["model.layers.0.mlp.experts.0.up_proj", "model.layers.1.mlp.experts.0.up_proj"],
+    ...         ["model.layers.1.mlp.experts.1.up_proj"])
+    ['model.layers.0.mlp.experts']
+    """
+    mixed = {_experts_of(name) for name in others}
+    return unique(whole for name in names if (whole := _experts_of(name)) and whole not in mixed)
+
+
+def _experts_of(name: str) -> str:
+    found = re.match(r"(.*\.experts)\.\d+\.", name)
+    return found.group(1) if found else ""
+
+
 def regexes(names: Iterable[str]) -> list[str]:
     """Regular expressions that match these full module names (and the fused names they make up), and no other.
 
     They suit start-anchored matching: a prefix that a wrapper model puts before the name is allowed, the end is closed.
-    One expression serves all blocks that name the same modules under one parent.
+    One expression serves all blocks, and all experts, that name the same modules.
 
     >>> regexes(["model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj", "model.layers.2.mlp.up_proj"])
     ... # doctest: +NORMALIZE_WHITESPACE
@@ -65,15 +81,18 @@ def regexes(names: Iterable[str]) -> list[str]:
         where = place(name)
         parent, _, leaf = where.inside.rpartition(".")
         leaves.setdefault((where.stack, where.number, parent), []).append(leaf)
-    numbers: dict[tuple[str, str, tuple[str, ...]], list[int | None]] = {}
+    blocks: dict[tuple[str, str, tuple[str, ...]], list[int | None]] = {}
     for (stack, number, parent), found in leaves.items():
         fused = [whole for whole, parts in FUSED.items() if set(parts) <= set(found)]
-        numbers.setdefault((stack, parent, (*found, *fused)), []).append(number)
+        blocks.setdefault((stack, parent, (*found, *fused)), []).append(number)
+    parents: dict[tuple[str, tuple[int | None, ...], tuple[str, ...]], list[str]] = {}
+    for (stack, parent, words), numbers in blocks.items():
+        parents.setdefault((stack, tuple(numbers), words), []).append(parent)
     result = []
-    for (stack, parent, words), blocks in numbers.items():
+    for (stack, many, words), above in parents.items():
         parts = [re.escape(stack)] if stack else []
-        if blocks != [None]:
-            parts.append(_any_of([str(block) for block in blocks]))
-        parts += [re.escape(parent)] if parent else []
+        if many != (None,):
+            parts.append(_any_of([str(number) for number in many]))
+        parts += [_any_of(above)] if above != [""] else []
         result.append(r"(?:.*\.)?" + r"\.".join([*parts, _any_of(words)]) + "$")
     return result

@@ -120,9 +120,9 @@ class CompressedTensors(Layout):
         del meta  # its records forbid unknown keys
         base = majority(entries)
         groups: dict[str, Any] = {}
-        # Exact names are more specific than the class name to every reader; "Linear" also stands for fused experts in
-        # vLLM.
-        for scheme in sorted(dict.fromkeys(entries.values()), key=lambda s: s == base):
+        # Exact names win over class names in whatever order. "Linear" comes first because transformers takes the first
+        # group for fused experts, and because vLLM's fused experts know no other target.
+        for scheme in sorted(dict.fromkeys(entries.values()), key=lambda s: s != base):
             targets = ["Linear"] if scheme == base else [name for name, own in entries.items() if own == scheme]
             groups[f"group_{len(groups)}"] = {
                 "targets": targets,
@@ -180,6 +180,17 @@ class CompressedTensors(Layout):
                 "asymmetric files need CompressedTensorsConfig(dequantize=True) in transformers 5.23"
             )
         result["gptqmodel"] = "GPTQModel reads gptq files, not compressed-tensors"
+        return result
+
+    def loads_together(self, entries: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, str | None]:
+        del kept
+        result: dict[str, str | None] = dict.fromkeys(ENGINES)
+        schemes = set(entries.values())
+        if len(schemes) > 1 and not all(_affine(scheme).symmetric for scheme in schemes):
+            # transformers 5.23, integrations/compressed_tensors.py, get_dense_scheme
+            result["transformers"] = (
+                "dequantize=True, which asymmetric files need, decodes all modules by the first group"
+            )
         return result
 
     def support(self) -> dict[str, str]:

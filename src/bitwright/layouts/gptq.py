@@ -31,7 +31,7 @@ from bitwright.core.layout import ENGINES, Layout, Read, check_stored, majority,
 from bitwright.core.scheme import Limits, Scheme
 from bitwright.core.tensor import QuantizedTensor, TensorSpec, dtype_name
 from bitwright.errors import InputError
-from bitwright.layouts._names import place, regexes, unique
+from bitwright.layouts._names import experts, place, regexes, unique
 from bitwright.schemes.affine import Affine
 from bitwright.schemes.affine_indexed import AffineIndexed
 
@@ -161,11 +161,14 @@ class Gptq(Layout):
     def config(self, entries: Mapping[str, Scheme], kept: Sequence[str], meta: Mapping[str, Any]) -> dict[str, Any]:
         base = majority(entries)
         kept = unique(name for name in kept if name not in entries)
-        dynamic: dict[str, dict[str, Any]] = {f"-:{pattern}": {} for pattern in regexes(kept)}
+        dynamic: dict[str, dict[str, Any]] = {
+            f"-:{pattern}": {} for pattern in regexes([*kept, *experts(kept, entries)])
+        }
         for scheme in dict.fromkeys(entries.values()):
             if scheme != base:
-                others = [name for name, own in entries.items() if own == scheme]
-                dynamic |= {f"+:{pattern}": _numbers(scheme) for pattern in regexes(others)}
+                own = [name for name, other in entries.items() if other == scheme]
+                rest = [*kept, *(name for name, other in entries.items() if other != scheme)]
+                dynamic |= {f"+:{pattern}": _numbers(scheme) for pattern in regexes([*own, *experts(own, rest)])}
         damping = meta.get("damping")
         sure = isinstance(damping, float) and 0.0 < damping < 1.0  # transformers refuses anything else
         version = meta.get("version")
@@ -254,6 +257,9 @@ class Gptq(Layout):
             result["vllm"] = f"vLLM loads GPTQ files of 4 or 8 bits, symmetric alone, not {scheme.bits} bits {kind}"
         elif group not in VLLM_GROUPS:
             result["vllm"] = f"vLLM loads GPTQ files of group size 32, 64, 128 or per channel, not {group}"
+        if not scheme.symmetric and self.zero_shift:
+            # GPTQModel 7.7, models/loader.py: old writers of v1 disagreed about asymmetric zero points.
+            result["gptqmodel"] = "GPTQModel refuses other writers' asymmetric v1 files; use checkpoint_format gptq_v2"
         if group not in GPTQMODEL_GROUPS:
             why = f"GPTQModel's kernels know group sizes 16, 32, 64 .. 1024 or per channel, not {group}"
             result["gptqmodel"] = result["transformers"] = why
@@ -272,7 +278,7 @@ class Gptq(Layout):
         return {
             "vllm": "0.33: 4 or 8 bits, symmetric, group size 32, 64, 128 or per channel, model in float16 or bfloat16",
             "transformers": "5.23 with optimum and gptqmodel >= 1.4.3; one scheme per model, no output head",
-            "gptqmodel": "7.7 (2, 3, 4, 8 bits; group size 16 .. 1024 or per channel)",
+            "gptqmodel": "7.7 (2, 3, 4, 8 bits; group size 16 .. 1024 or per channel; asymmetric as gptq_v2)",
             "bitwright": "any version",
         }
 

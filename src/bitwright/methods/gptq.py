@@ -13,6 +13,12 @@ rounding, known as Babai's nearest plane, is shown in arXiv:2507.18553.)
 Activation order visits the columns with the largest H_jj first, so that they are rounded before errors pile up. It is used in the
 *static* form: parameters of all tiles are fitted first, from the original weights, and groups stay contiguous on disk, so that
 it costs nothing at run time.
+
+Drift: a layer in a half-quantized model does not see the inputs x' of the original one but x. What should be preserved is the
+original output W x', so with D = sum (x' - x) xᵀ the least-squares target is ``W + W D H⁻¹`` and GPTQ rounds that instead of W
+(arXiv:2504.02692 moves towards the same target column by column). Where a layer's output is added to the residual stream, the
+error r' - r that the stream carries by then is put on the layer's account in the same way: ``W + (W D + R) H⁻¹`` with
+R = sum (r' - r) xᵀ.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ import torch
 from bitwright.core.linalg import one_thread, upper_factor
 from bitwright.core.method import Context, Method, Outcome, Stats, relative_loss
 from bitwright.core.scheme import Params, Scheme
-from bitwright.core.stats import Gram
+from bitwright.core.stats import CrossGram, Gram
 from bitwright.core.tensor import QuantizedTensor
 from bitwright.errors import InputError, NumericError
 
@@ -41,17 +47,21 @@ class Gptq(Method):
 
     damping: added to the diagonal of H, as a fraction of its mean. block: columns per block of lazy feedback. act_order: visit
     columns by descending H_jj (parameters then are fitted first); without it they are fitted on entering each tile. clip: how
-    parameters are found, "minmax" (range), or "search" (clip search weighted by E[x²]).
+    parameters are found, "minmax" (range), or "search" (clip search weighted by E[x²], with ``search_steps`` steps). correct_drift:
+    round the weight that gives the original model's outputs from the inputs of the half-quantized one.
     """
 
     name: ClassVar[str] = "gptq"
-    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
-
     damping: float = 0.05
     block: int = 128
     act_order: bool = True
-    clip: str = "minmax"
+    clip: str = "search"
     search_steps: int = 20
+    correct_drift: bool = True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"gram", "drift"}) if self.correct_drift else frozenset({"gram"})
 
     def __post_init__(self) -> None:
         if not 0 < self.damping < 1:
@@ -79,14 +89,16 @@ class Gptq(Method):
             if context.strict:
                 raise NumericError(message, mend="use more calibration text, or drop --strict")
             return self._fallback(w, stats, scheme, context, message)
-        factor, damping = factored
-        params = self._fit(w, scheme, gram, context) if order is not None else None
-        tensor = self._round(w, factor, order, params, scheme, context)
-        loss = relative_loss(w, tensor.decode(), h)
+        upper, damping = factored
+        target = _corrected(w, stats, upper, order, dead)
+        params = self._fit(target, scheme, gram, context) if order is not None else None
+        factor = upper.div_(upper.diagonal().clone())
+        tensor = self._round(target, factor, order, params, scheme, context)
+        loss = relative_loss(target, tensor.decode(), h)
         return Outcome(tensor=tensor, loss=loss, dead_columns=int(dead.sum()), damping=damping)
 
     def _fallback(self, w: torch.Tensor, stats: Stats, scheme: Scheme, context: Context, why: str) -> Outcome:
-        params = self._search().params(w, scheme, _weights(stats), context.prepared)
+        params = self._search().params(w, scheme, _weights(stats), context)
         tensor = QuantizedTensor(scheme, (w.shape[0], w.shape[1]), scheme.encode(w, params), params)
         gram = stats.get("gram")
         loss = relative_loss(w, tensor.decode(), gram.matrix) if isinstance(gram, Gram) and gram.count else None
@@ -99,7 +111,7 @@ class Gptq(Method):
 
     def _fit(self, w: torch.Tensor, scheme: Scheme, gram: Gram, context: Context) -> Params:
         if self.clip == "search":
-            found: Params = self._search().params(w, scheme, gram.mean_square, context.prepared)
+            found: Params = self._search().params(w, scheme, gram.mean_square, context)
             return found
         return scheme.fit(w, context=context.prepared)
 
@@ -178,10 +190,40 @@ def _weights(stats: Stats) -> torch.Tensor | None:
     return gram.mean_square
 
 
+def _corrected(
+    w: torch.Tensor, stats: Stats, upper: torch.Tensor, order: torch.Tensor | None, dead: torch.Tensor
+) -> torch.Tensor:
+    """The weight that gives the original model's outputs from this model's inputs: W + (W D + R) (H + damping)⁻¹.
+
+    D and R are the drifts of the input and of the residual stream; without them the weight itself is returned. upper: U of the
+    damped Gram matrix in visiting order.
+    """
+    drift, residual = stats.get("drift"), stats.get("residual_drift")
+    if not isinstance(drift, CrossGram) or drift.count == 0:
+        return w
+    pull = w @ drift.matrix
+    if isinstance(residual, CrossGram) and residual.count:
+        pull += residual.matrix
+    pull[:, dead] = 0
+    if not bool(pull.any()):
+        return w
+    if order is not None:
+        pull = pull[:, order]
+    with one_thread():
+        # B (U Uᵀ)⁻¹: solve Z Uᵀ = B, then X U = Z.
+        half = torch.linalg.solve_triangular(upper.T, pull, upper=False, left=False)
+        moved: torch.Tensor = torch.linalg.solve_triangular(upper, half, upper=True, left=False)
+    if order is not None:
+        back = torch.empty_like(moved)
+        back[:, order] = moved
+        moved = back
+    return w + moved
+
+
 def _factor(
     h: torch.Tensor, dead: torch.Tensor, order: torch.Tensor | None, damping: float
 ) -> tuple[torch.Tensor, float] | None:
-    """M of the damped, reordered Gram matrix and the damping that worked; None where none did.
+    """U of the damped, reordered Gram matrix and the damping that worked; None where none did.
 
     Dead columns (inputs that were always zero) get a diagonal of one and no coupling: they are rounded to nearest.
     """
@@ -199,7 +241,7 @@ def _factor(
         with one_thread():
             upper = upper_factor(damped)
         if upper is not None:
-            return upper.div_(upper.diagonal().clone()), used
+            return upper, used
     return None
 
 

@@ -12,8 +12,11 @@ __all__ = ["model_card"]
 
 
 def _safe(text: object) -> str:
-    """Escaped for Markdown tables and HTML: names come from strangers."""
-    return escape(printable(str(text))).replace("|", "\\|")
+    """Escaped for Markdown tables, code spans, links and HTML: names come from strangers."""
+    escaped = escape(printable(str(text))).replace("|", "\\|")
+    for mark in "`[]":
+        escaped = escaped.replace(mark, f"&#{ord(mark)};")
+    return escaped
 
 
 def model_card(provenance: Mapping[str, Any], engines: Mapping[str, str | None]) -> str:
@@ -77,4 +80,5 @@ def model_card(provenance: Mapping[str, Any], engines: Mapping[str, str | None])
 def _plain(value: Any) -> str:
     import json
 
-    return printable(json.dumps(value, ensure_ascii=False))
+    # An escape that YAML and JSON share: some viewers look for HTML inside code too.
+    return printable(json.dumps(value, ensure_ascii=False)).replace("<", "\\u003c")

@@ -12,6 +12,7 @@ Asymmetric: ``scale = (max - min) / (2^bits - 1)`` with ``min <= 0 <= max`` and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -106,14 +107,22 @@ class Affine(Scheme):
     def fit(
         self, w: torch.Tensor, *, weights: torch.Tensor | None = None, context: Any = None, clip: float = 1.0
     ) -> Params:
-        del weights, context  # minimum and maximum need neither
-        tiles = self._tiles(w)
+        return self._from_range(*self._range(w), clip)
+
+    def clipped(self, w: torch.Tensor, clips: Sequence[float], context: Any = None) -> Iterator[Params]:
+        low, high = self._range(w)
+        return (self._from_range(low, high, clip) for clip in clips)
+
+    def _range(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smallest and largest value of every tile, zero included: two ``(tile rows, tile columns)``."""
+        low, high = torch.aminmax(self._tiles(w), dim=-1)
+        return low.clamp_max_(0.0), high.clamp_min_(0.0)
+
+    def _from_range(self, low: torch.Tensor, high: torch.Tensor, clip: float) -> Params:
         if self.symmetric:
-            top = tiles.abs().amax(dim=-1)
             steps = self.middle - 1 if self.low else (self.levels - 1) / 2
-            return {"scale": self._storable(top * (clip / steps))}
-        low = tiles.amin(dim=-1).clamp_max(0.0) * clip
-        high = tiles.amax(dim=-1).clamp_min(0.0) * clip
+            return {"scale": self._storable(torch.maximum(-low, high) * (clip / steps))}
+        low, high = low * clip, high * clip
         if self.zero_min:
             # zero >= zero_min needs low <= -zero_min * scale: widen the range below rather than clip the top.
             steps = self.levels - 1
@@ -144,8 +153,9 @@ class Affine(Scheme):
         steps = self._tiles(codes.float())
         steps = steps - (self._expand(params["zero"]) if "zero" in params else float(self.middle))
         weighed = steps if weights is None else steps * self._tiles(weights.float().expand(shape))
-        above = (weighed * self._tiles(w)).sum(-1)
-        below = (weighed * steps).sum(-1)
+        return self.refit_sums((weighed * self._tiles(w)).sum(-1), (weighed * steps).sum(-1), params)
+
+    def refit_sums(self, above: torch.Tensor, below: torch.Tensor, params: Params) -> Params:
         best = torch.where((below > 0) & (above > 0), above / below, params["scale"].float())
         return {**params, "scale": self._storable(best)}
 

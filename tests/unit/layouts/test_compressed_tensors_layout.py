@@ -172,11 +172,13 @@ def test_config_of_one_scheme_is_the_plain_one():
 
 def test_exceptions_are_listed_by_name_and_the_rest_by_class():
     entries = {f"model.layers.{i}.mlp.up_proj": Affine(bits=8 if i == 3 else 4) for i in range(5)}
-    groups = LAYOUT.config(entries, ["lm_head"], {})["config_groups"]
-    assert {json.dumps(g["targets"]): g["weights"]["num_bits"] for g in groups.values()} == {
-        '["Linear"]': 4,
-        '["model.layers.3.mlp.up_proj"]': 8,
-    }
+    groups = LAYOUT.config(dict(reversed(entries.items())), ["lm_head"], {})["config_groups"]
+    assert [(g["targets"], g["weights"]["num_bits"]) for g in groups.values()] == [
+        (["Linear"], 4),
+        (["model.layers.3.mlp.up_proj"], 8),
+    ]
+    first = {"model.layers.3.mlp.up_proj": Affine(bits=8), **entries}
+    assert list(LAYOUT.config(first, [], {})["config_groups"].values()) == list(groups.values())
 
 
 def test_scales_take_the_model_dtype():
@@ -312,4 +314,7 @@ def test_who_loads_what():
     assert "dequantize=True" in (LAYOUT.loads_in(Affine(symmetric=False), "llama")["transformers"] or "")
     assert LAYOUT.loads_in(Affine(symmetric=False), "llama")["vllm"] is None
     assert "Conv1D" in (LAYOUT.loads_in(Affine(), "gpt2")["transformers"] or "")
+    mixed = {"a": Affine(), "b": Affine(symmetric=False)}
+    assert "first group" in (LAYOUT.loads_together(mixed, [])["transformers"] or "")
+    assert LAYOUT.loads_together({"a": Affine(), "b": Affine(bits=8)}, [])["transformers"] is None
     assert "48" in (LAYOUT.loads_in(Affine(group_size=48), "llama")["vllm"] or "")

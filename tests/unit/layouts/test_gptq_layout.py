@@ -380,6 +380,32 @@ def test_blocks_treated_alike_make_few_rules():
     assert config["modules_in_block_to_quantize"] == [[f"mlp.{p}" for p in MLP]]
 
 
+def test_experts_of_a_block_are_one_module_in_vllm():
+    base, wide = Affine(), Affine(bits=8)
+    entries = {
+        f"model.layers.{b}.mlp.experts.{e}.{p}": wide if b == 1 else base
+        for b in range(3)
+        for e in range(16)
+        for p in MLP
+    }
+    kept = [f"model.layers.3.mlp.experts.{e}.{p}" for e in range(16) for p in MLP] + ["model.layers.0.mlp.gate"]
+    config = V1.config(entries, kept, {})
+    assert len(config["dynamic"]) <= 5
+    assert first_rule(config, "model.layers.0.mlp.experts") is None
+    assert (first_rule(config, "model.layers.1.mlp.experts") or {})["bits"] == 8
+    assert first_rule(config, "model.layers.3.mlp.experts") is False
+    assert first_rule(config, "model.layers.0.mlp.gate") is False
+    assert first_rule(config, "model.layers.0.mlp.gate_proj") is None
+    for name, scheme in entries.items():
+        assert (first_rule(config, name) or {"bits": 4})["bits"] == scheme.bits
+    partly = V1.config(
+        {n: s for n, s in entries.items() if "layers.1." not in n or "experts.3." not in n},
+        [n for n in entries if "layers.1." in n and "experts.3." in n],
+        {},
+    )
+    assert first_rule(partly, "model.layers.1.mlp.experts") is None
+
+
 def test_a_quantized_head_is_named():
     entries = {NAME: Affine(), "lm_head": Affine()}
     config = V1.config(entries, [], {})
@@ -404,6 +430,8 @@ def test_who_loads_what():
     assert {key for key, reason in vllm.items() if reason is None} == {
         (bits, True, group) for bits in (4, 8) for group in (-1, 32, 64, 128)
     }
-    assert V1.loads_in(Affine(bits=3, symmetric=False), "llama")["gptqmodel"] is None
+    assert V1.loads_in(Affine(bits=3), "llama")["gptqmodel"] is None
+    assert "gptq_v2" in (V1.loads_in(Affine(bits=3, symmetric=False), "llama")["gptqmodel"] or "")
+    assert V2.loads_in(Affine(bits=3, symmetric=False), "llama")["gptqmodel"] is None
     assert V1.loads_in(Affine(group_size=96), "llama")["gptqmodel"] is not None
     assert "dynamic" in (V1.loads_together({"a": Affine(), "b": Affine(bits=8)}, [])["transformers"] or "")

@@ -1,0 +1,147 @@
+"""Single tensors between source and sink: copied, or read, quantized, packed and written."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bitwright import catalog
+from bitwright.core.method import Context, Method, Outcome
+from bitwright.core.source import Sink, Source
+from bitwright.core.tensor import QuantizedTensor
+from bitwright.engine.plan import Plan, PlanEntry
+from bitwright.errors import InputError, NumericError
+
+__all__ = ["CHUNK_ELEMENTS", "TensorWork", "bytes_of", "decoded_hash"]
+
+#: Kept tensors are copied, and row-wise methods run, in pieces of at most this many elements.
+CHUNK_ELEMENTS = 4 * 1024 * 1024
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The raw bytes of a tensor in row-major order."""
+    view: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return view
+
+
+def decoded_hash(tensor: QuantizedTensor) -> str:
+    """SHA-256 of the decoded weight, float32 row-major."""
+    digest = hashlib.sha256()
+    if tensor.outliers is not None or tensor.scheme.tile.rows != 1:
+        digest.update(bytes_of(tensor.decode()))
+        return digest.hexdigest()
+    rows = max(1, CHUNK_ELEMENTS // tensor.shape[1])
+    for start in range(0, tensor.shape[0], rows):
+        params = {name: value[start : start + rows] for name, value in tensor.params.items()}
+        digest.update(bytes_of(tensor.scheme.decode(tensor.codes[start : start + rows], params)))
+    return digest.hexdigest()
+
+
+@dataclass
+class TensorWork:
+    """What one step does to tensors; ``hashes`` and ``report`` gather what the step's commit will tell."""
+
+    plan: Plan
+    source: Source
+    sink: Sink
+    hashes: dict[str, str] = field(default_factory=dict)
+    report: list[dict[str, Any]] = field(default_factory=list)
+
+    def copy(self, entry: PlanEntry) -> None:
+        """Copy a kept tensor piece by piece; check that a dropped tied one equals its twin."""
+        twin = entry.reason.removeprefix("tied to ") if entry.action == "drop" else None
+        digest = hashlib.sha256()
+        for start, piece in self.pieces(entry):
+            if twin is not None:
+                if not torch.equal(piece, self.source.read(twin, (start, start + len(piece)))):
+                    raise InputError(
+                        f"{entry.tensor} differs from {twin}, but the config ties them",
+                        mend="set tie_word_embeddings to false in config.json",
+                    )
+                continue
+            self.sink.write(entry.tensor, piece, start)
+            digest.update(bytes_of(piece))
+        if twin is None:
+            self.hashes[entry.tensor] = digest.hexdigest()
+
+    def pieces(self, entry: PlanEntry) -> Iterator[tuple[int, torch.Tensor]]:
+        """``(first row, rows)`` of a stored tensor; NumericError where one is not finite."""
+        shape = entry.spec.shape
+        if not shape or math.prod(shape) <= CHUNK_ELEMENTS:
+            tensor = self.source.read(entry.tensor)
+            _check_finite(entry.tensor, tensor)
+            yield 0, tensor
+            return
+        rows = max(1, CHUNK_ELEMENTS // math.prod(shape[1:]))
+        for start in range(0, shape[0], rows):
+            piece = self.source.read(entry.tensor, (start, min(start + rows, shape[0])))
+            _check_finite(entry.tensor, piece)
+            yield start, piece
+
+    def check(self, entry: PlanEntry) -> None:
+        """Raise NumericError, naming the tensor, where a weight is not finite."""
+        for _ in self.pieces(entry):
+            pass
+
+    def quantize(self, entry: PlanEntry, method: Method, stats: Mapping[str, Any]) -> Outcome:
+        """Quantize one weight; without statistics in pieces of rows, where the scheme's tiles allow it."""
+        assert entry.scheme is not None
+        assert entry.unit is not None
+        scheme, (out, columns) = entry.scheme, entry.unit.shape
+        if stats or scheme.tile.rows != 1 or entry.unit.transposed or out * columns <= CHUNK_ELEMENTS:
+            weight = self.source.read(entry.tensor)
+            _check_finite(entry.tensor, weight)
+            return self._run(entry, method, (weight.T if entry.unit.transposed else weight).float().contiguous(), stats)
+        parts = [self._run(entry, method, piece.float(), {}).tensor for _, piece in self.pieces(entry)]
+        params = {name: torch.cat([part.params[name] for part in parts]) for name in parts[0].params}
+        codes = torch.cat([part.codes for part in parts])
+        return Outcome(tensor=QuantizedTensor(scheme, entry.unit.shape, codes, params))
+
+    def _run(self, entry: PlanEntry, method: Method, weight: torch.Tensor, stats: Mapping[str, Any]) -> Outcome:
+        assert entry.scheme is not None
+        context = Context(
+            feedback=catalog.load("kernels", "numba-feedback"),
+            tile_sums=catalog.load("kernels", "numba-tiles"),
+            prepared=entry.scheme.prepare([weight]),
+            strict=self.plan.recipe.strict,
+        )
+        try:
+            return method.quantize(weight, stats, entry.scheme, context)
+        except NumericError as error:
+            raise NumericError(f"{entry.tensor}: {error.message}", mend=error.mend) from error
+
+    def store(self, entry: PlanEntry, outcome: Outcome, tokens: int) -> None:
+        """Pack and write a quantized weight, and note its hash and what is worth telling."""
+        assert entry.unit is not None
+        assert entry.scheme is not None
+        assert entry.method is not None
+        for name, value in self.plan.layout.pack(entry.unit.name, outcome.tensor).items():
+            self.sink.write(name, value)
+        self.hashes[entry.tensor] = decoded_hash(outcome.tensor)
+        self.report.append(
+            {
+                "tensor": entry.tensor,
+                "method": entry.method.name,
+                "scheme": entry.scheme.describe(),
+                "loss": outcome.loss,
+                "tokens": tokens,
+                "dead_columns": outcome.dead_columns,
+                "damping": outcome.damping,
+                "fallback": outcome.fallback,
+            }
+        )
+
+
+def _check_finite(name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
+        finite = torch.isfinite(tensor)
+        if not bool(finite.all()):
+            bad = int((~finite).sum())
+            raise NumericError(
+                f"{name}: {bad} values are NaN or infinite", mend="the checkpoint is damaged; download it again"
+            )
