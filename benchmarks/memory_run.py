@@ -38,6 +38,7 @@ def main() -> None:
     import bitwright.api
     import bitwright.engine.verify
     import bitwright.kernels.numba_feedback
+    import bitwright.kernels.numba_tiles
     import bitwright.layouts.compressed_tensors
     import bitwright.methods.gptq
     from bitwright.engine.memory import forecast

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # see quantize_gptqmodel.py
 
 import torch
 from gptqmodel import QuantizeConfig

@@ -13,7 +13,8 @@ import os
 import shutil
 import time
 
-# Read when gptqmodel is imported. Without it a machine of two cores gets one worker, and quantizing waits on itself.
+# Read when gptqmodel is imported. A machine of two cores gets one worker by default, with which the import fails:
+# "Virtual pool 'model_loader:cpu' requests 2 workers but parent 'cpu' only has 1".
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 import torch

@@ -3,14 +3,17 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.small import run
-
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+_PATHS = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "PYTHONPATH": _PATHS}
+
+
+Signals = Sequence[tuple[int, int]]
 
 
 class Forker:
@@ -21,26 +24,31 @@ class Forker:
         command = [sys.executable, "-W", "error", str(Path(__file__).with_name("forker.py"))]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=ENVIRONMENT, cwd=ROOT)
-        self._answer()
+        self._running = False
+        self._answer("ready")
 
-    def _answer(self) -> str:
-        line = self._process.stdout.readline().strip()
-        assert line, "the forker has ended"
-        return line
+    def _answer(self, kind: str) -> int:
+        found, _, number = self._process.stdout.readline().partition(" ")
+        assert found == kind, "the forker has ended"
+        return int(number)
 
-    def start(self, *arguments: object, kill_at: int | None = None) -> int:
+    def start(self, *arguments: object, signals: Signals = ()) -> int:
         """The PID of a child that runs a command line."""
-        job = {"args": [str(a) for a in arguments], "log": str(self.log), "kill_at": kill_at}
+        if self._running:  # a test that failed has left its child
+            self.wait()
+        job = {"args": [str(a) for a in arguments], "log": str(self.log), "signals": signals}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        return int(self._answer())
+        self._running = True
+        return self._answer("pid")
 
     def wait(self) -> int:
         """The exit code, or minus the signal, of the child started last."""
-        return os.waitstatus_to_exitcode(int(self._answer()))
+        self._running = False
+        return os.waitstatus_to_exitcode(self._answer("status"))
 
-    def run(self, *arguments: object, kill_at: int | None = None) -> int:
-        self.start(*arguments, kill_at=kill_at)
+    def run(self, *arguments: object, kill_at: int | None = None, signals: Signals = ()) -> int:
+        self.start(*arguments, signals=[(kill_at, signal.SIGKILL)] if kill_at else signals)
         return self.wait()
 
     @property
@@ -66,16 +74,8 @@ def forker(tmp_path_factory):
 
 
 @pytest.fixture
-def bitwright(capfd):
-    """Run the command line here: ``code, stdout, stderr``."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = run(*arguments)
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
+def bitwright(bitwright_cli):
+    return bitwright_cli
 
 
 @pytest.fixture(autouse=True)

@@ -1,27 +1,27 @@
 """Runs the command line in forked children, so that a hundred runs cost one import of torch.
 
-Reads jobs from stdin, one JSON object a line: ``{"args": [...], "log": path, "kill_at": n | null}``. Answers with a line holding the
-child's PID and, when it has ended, a line with its wait status. kill_at: the child kills itself at its n-th step that touches
-the disk (a write, fsync, rename, deletion, or the opening of a file for writing; counted before and after each). The number of
-such steps stands in the last line of the log of a child that was not killed.
+Reads jobs from stdin, one JSON object a line: ``{"args": [...], "log": path, "signals": [[n, signal], ...]}``. Answers with a line
+holding the child's PID and, when it has ended, a line with its wait status. signals: what the child sends itself at its n-th step
+that touches the disk (a write, fsync, rename, deletion, or the opening of a file for writing; counted before and after each). The
+number of such steps stands in the last line of the log of a child that was not killed.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import signal
 import sys
 
-_count = 0
+_steps = itertools.count(1)
 
 
-def _watch(kill_at):
+def _watch(signals):
     def tick():
-        global _count
-        _count += 1
-        if _count == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        now = next(_steps)
+        for step, number in signals:
+            if step == now:
+                os.kill(os.getpid(), number)
 
     def around(function):
         def wrapped(*args, **kwargs):
@@ -64,7 +64,7 @@ def main():
     for kind in ("kernels", "layouts", "methods", "schemes"):
         for name in catalog.names(kind):
             catalog.load(kind, name)
-    print("ready", flush=True)
+    print("ready 0", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
         pid = os.fork()
@@ -72,7 +72,7 @@ def main():
             log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            _watch(job["kill_at"])
+            _watch(job["signals"])
             try:
                 code = run(job["args"])
             except BaseException:
@@ -80,11 +80,11 @@ def main():
 
                 traceback.print_exc()
                 code = 1
-            print(f"steps {_count}", flush=True)
+            print(f"steps {next(_steps) - 1}", flush=True)
             os._exit(code)
-        print(pid, flush=True)
+        print("pid", pid, flush=True)
         _, status = os.waitpid(pid, 0)
-        print(status, flush=True)
+        print("status", status, flush=True)
 
 
 if __name__ == "__main__":

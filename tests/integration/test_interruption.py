@@ -1,5 +1,6 @@
 """Runs that are killed, interrupted or damaged: the output is absent or whole, and resuming gives identical bytes."""
 
+import contextlib
 import json
 import os
 import random
@@ -10,7 +11,6 @@ import sys
 import time
 
 import pytest
-
 from tests.integration.conftest import ENVIRONMENT, ROOT
 from tests.small import contents, left_over
 
@@ -132,8 +132,9 @@ def test_random_sigkills_by_the_clock(commands, forker, tmp_path):
     rng = random.Random(14)
     for _ in range(6):
         pid = forker.start(*arguments, "-o", output)
-        time.sleep(rng.uniform(0.0, 0.8))
-        os.kill(pid, signal.SIGKILL)
+        time.sleep(rng.uniform(0.0, 0.4))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
         forker.wait()
         _check_absent_or_whole(output, expected)
     _finish(forker, arguments, output, expected)
@@ -149,48 +150,37 @@ def _wait_for(path, pid):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_finishes_the_block_and_exits_75(number, commands, forker, tmp_path):
-    arguments, expected, _ = commands["calibrated"]
+@pytest.mark.parametrize("kind", ["calibrated", "data-free"])
+def test_signal_finishes_the_block_and_exits_75(kind, number, commands, forker, tmp_path):
+    arguments, expected, steps = commands[kind]
     output = tmp_path / "out"
     journal = tmp_path / ".out.bitwright-partial" / ".bitwright" / "journal.jsonl"
-    pid = forker.start(*arguments, "-o", output)
-    _wait_for(journal, pid)
-    committed = len(journal.read_bytes().splitlines())
-    os.kill(pid, number)
-    assert forker.wait() == 75
+    assert forker.run(*arguments, "-o", output, signals=[(steps // 3, number)]) == 75
     assert "stopped after" in forker.output
     assert "run the same command again" in forker.output
     assert not output.exists()
-    # The block at hand was finished, and no more than one was begun after it.
-    assert 0 <= len(journal.read_bytes().splitlines()) - committed <= 2
+    committed = len(journal.read_bytes().splitlines()) - 1
+    assert f"stopped after {committed} of 4 steps" in forker.output
+    assert 1 <= committed < 4
     _finish(forker, arguments, output, expected)
 
 
 def test_second_signal_ends_the_process_with_130(commands, forker, tmp_path):
-    arguments, expected, _ = commands["calibrated"]
-    output = tmp_path / "out"
-    pid = forker.start(*arguments, "-o", output)
-    _wait_for(tmp_path / ".out.bitwright-partial" / ".bitwright" / "journal.jsonl", pid)
-    os.kill(pid, signal.SIGINT)
-    time.sleep(0.01)
-    os.kill(pid, signal.SIGINT)
-    assert forker.wait() == 130
+    arguments, expected, steps = commands["calibrated"]
+    output, middle = tmp_path / "out", steps // 3
+    assert forker.run(*arguments, "-o", output, signals=[(middle, signal.SIGINT), (middle + 1, signal.SIGINT)]) == 130
     assert not output.exists()
     _finish(forker, arguments, output, expected)
 
 
 @pytest.fixture
 def stopped(commands, forker, tmp_path):
-    """A run of three blocks that has committed four of four steps, killed before anything was published."""
-    arguments, expected, _ = commands["calibrated"]
+    """A run that was asked to stop while it quantized its second block: three of four steps are committed."""
+    arguments, expected, steps = commands["calibrated"]
     output = tmp_path / "out"
-    pid = forker.start(*arguments, "-o", output)
     journal = tmp_path / ".out.bitwright-partial" / ".bitwright" / "journal.jsonl"
-    _wait_for(journal, pid)
-    while len(journal.read_bytes().splitlines()) < 3:
-        time.sleep(0.002)
-    os.kill(pid, signal.SIGINT)
-    assert forker.wait() == 75
+    assert forker.run(*arguments, "-o", output, signals=[(steps // 2, signal.SIGINT)]) == 75
+    assert len(journal.read_bytes().splitlines()) == 4
     return arguments, expected, output, journal.parent
 
 

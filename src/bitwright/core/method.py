@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -109,6 +110,11 @@ def relative_loss(w: torch.Tensor, decoded: torch.Tensor, gram: torch.Tensor) ->
     step = -(-len(w) // _LOSS_ROWS)
     sample = w[::step]
     error = sample - decoded[::step]
-    above = float((error @ gram).mul_(error).sum(dtype=torch.float64))
-    below = float((sample @ gram).mul_(sample).sum(dtype=torch.float64))
+    above = _total((error @ gram).mul_(error))
+    below = _total((sample @ gram).mul_(sample))
     return above / below if below > 0 else 0.0
+
+
+def _total(matrix: torch.Tensor) -> float:
+    """The sum of all elements: row by row first, because a sum over everything is divided among threads."""
+    return math.fsum(matrix.sum(dim=1, dtype=torch.float64).tolist())

@@ -15,15 +15,15 @@ import torch
 
 from bitwright.errors import InputError
 
-__all__ = ["AbsMax", "CrossGram", "Gram", "MeanAbs", "MinMax", "Statistic", "gram_product"]
+__all__ = ["AbsMax", "Accumulate", "CrossGram", "Gram", "MeanAbs", "MinMax", "Statistic", "accumulate_product"]
 
-#: ``(x, y) -> xᵀ y`` in float32; the engine passes a faster one where it is lossless.
-Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+#: ``(into, x, y)``: adds xᵀ y to ``into``; the engine passes a faster one where it is lossless.
+Accumulate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
-def gram_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """``xᵀ y`` in float32 for ``(tokens, a)`` and ``(tokens, b)``: ``(a, b)``. The plain reference."""
-    return x.float().T @ y.float()
+def accumulate_product(into: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Add ``xᵀ y`` in float32 for ``(tokens, a)`` and ``(tokens, b)`` to ``into`` ``(a, b)``. The plain reference."""
+    into += x.float().T @ y.float()
 
 
 @dataclass
@@ -42,6 +42,11 @@ class Statistic(ABC):
     def update(self, x: torch.Tensor) -> None:
         """Add ``(tokens, columns)`` activations."""
 
+    def _check_same(self, other: Statistic, mine: torch.Tensor, theirs: torch.Tensor) -> None:
+        # Shapes that broadcast would merge silently.
+        if type(self) is not type(other) or mine.shape != theirs.shape:
+            raise InputError(f"{self.name} of {tuple(mine.shape)} cannot merge {other.name} of {tuple(theirs.shape)}")
+
     @abstractmethod
     def merge(self, other: Self) -> None:
         """Add what another instance has seen."""
@@ -58,7 +63,7 @@ class Gram(Statistic):
     """
 
     name: ClassVar[str] = "gram"
-    product: Product = gram_product
+    accumulate: Accumulate = accumulate_product
     matrix: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,10 +71,11 @@ class Gram(Statistic):
 
     def update(self, x: torch.Tensor) -> None:
         self._check(x)
-        self.matrix += self.product(x, x)
+        self.accumulate(self.matrix, x, x)
         self.count += len(x)
 
     def merge(self, other: Self) -> None:
+        self._check_same(other, self.matrix, other.matrix)
         self.matrix += other.matrix
         self.count += other.count
 
@@ -89,7 +95,7 @@ class CrossGram(Statistic):
 
     name: ClassVar[str] = "drift"
     rows: int = 0
-    product: Product = gram_product
+    accumulate: Accumulate = accumulate_product
     matrix: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -112,10 +118,11 @@ class CrossGram(Statistic):
             )
         # The difference is rounded back to the dtype of the activations: their own precision, at the speed of their units.
         difference = (original.float() - now.float()).to(x.dtype)
-        self.matrix += self.product(difference, x)
+        self.accumulate(self.matrix, difference, x)
         self.count += len(x)
 
     def merge(self, other: Self) -> None:
+        self._check_same(other, self.matrix, other.matrix)
         self.matrix += other.matrix
         self.count += other.count
 
@@ -137,6 +144,7 @@ class AbsMax(Statistic):
         self.count += len(x)
 
     def merge(self, other: Self) -> None:
+        self._check_same(other, self.value, other.value)
         torch.maximum(self.value, other.value, out=self.value)
         self.count += other.count
 
@@ -157,6 +165,7 @@ class MeanAbs(Statistic):
         self.count += len(x)
 
     def merge(self, other: Self) -> None:
+        self._check_same(other, self.total, other.total)
         self.total += other.total
         self.count += other.count
 
@@ -186,6 +195,7 @@ class MinMax(Statistic):
         self.count += len(x)
 
     def merge(self, other: Self) -> None:
+        self._check_same(other, self.low, other.low)
         torch.minimum(self.low, other.low, out=self.low)
         torch.maximum(self.high, other.high, out=self.high)
         self.count += other.count

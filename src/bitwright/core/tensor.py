@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -121,7 +120,13 @@ class QuantizedTensor:
         return weight
 
     def equals(self, other: QuantizedTensor) -> bool:
-        """True where scheme, codes and every parameter are the same bit for bit."""
+        """True where scheme, codes, every parameter and the outliers are the same bit for bit."""
+        if (self.outliers is None) != (other.outliers is None):
+            return False
+        if self.outliers is not None and other.outliers is not None:
+            pairs = zip(self.outliers, other.outliers, strict=True)
+            if not all(torch.equal(mine, theirs) for mine, theirs in pairs):
+                return False
         return (
             self.scheme == other.scheme
             and self.shape == other.shape
@@ -129,8 +134,3 @@ class QuantizedTensor:
             and self.params.keys() == other.params.keys()
             and all(torch.equal(value, other.params[name]) for name, value in self.params.items())
         )
-
-
-def total_bytes(specs: Mapping[str, TensorSpec]) -> int:
-    """Sum of the data sizes of many specs, in bytes."""
-    return sum(spec.nbytes for spec in specs.values())

@@ -45,10 +45,11 @@ class ActivationWriter:
         self._file.close()
 
     def finish(self) -> str:
-        """Flush to the disk; the hash covers data and index."""
+        """Flush to the disk; the hash covers the whole file."""
         index = json.dumps(self._index).encode()
-        self._file.write(index + len(index).to_bytes(8, "little"))
-        self._digest.update(index)
+        tail = index + len(index).to_bytes(8, "little")
+        self._file.write(tail)
+        self._digest.update(tail)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -114,7 +115,7 @@ class ActivationStore:
             if body < 0:
                 return False
             file.seek(0)
-            left = body + length
+            left = size
             while left > 0 and (chunk := file.read(min(_CHUNK, left))):
                 digest.update(chunk)
                 left -= len(chunk)

@@ -32,6 +32,10 @@ from bitwright.model.structure import LinearUnit
 __all__ = ["Blockwise", "cast_call"]
 
 
+#: Tokens whose logits are held at a time when quality is measured.
+_MEASURED = 128
+
+
 class _NotFiniteError(Exception):
     """Activations overflowed."""
 
@@ -94,9 +98,12 @@ class Blockwise:
     def save_first(self) -> str:
         """Store what enters the first block; returns the generation's hash."""
         writer = self._store.writer(0)
-        for capture in self._captures[: self._pairs] + self._captures:
-            writer.append(capture.hidden)
-        digest = writer.finish()
+        try:
+            for capture in self._captures[: self._pairs] + self._captures:
+                writer.append(capture.hidden)
+            digest = writer.finish()
+        finally:
+            writer.close()
         self._store.adopt(writer)
         self._drop_captured()
         return digest
@@ -236,15 +243,17 @@ class Blockwise:
         from bitwright.evaluation.divergence import compare_logits
 
         self._runner.dtype = torch.float32
-        logits, release = self._runner.head()
         first = self._tokens.batches[0]
         totals: dict[str, float] = {}
-        for row in range(len(first)):
-            original = logits(self._original(0, torch.float32)[row : row + 1])
-            quantized = logits(self._quantized(0, torch.float32)[row : row + 1])
-            for name, value in compare_logits(original, quantized, first[row : row + 1]).items():
-                totals[name] = totals.get(name, 0.0) + value / len(first)
-        release()
+        pieces = [(row, at) for row in range(len(first)) for at in range(0, first.shape[1] - 1, _MEASURED)]
+        with self._runner.head() as logits:
+            for row, at in pieces:
+                # One token more than a piece: the last prediction of a piece is of the next one's first token.
+                cut = (slice(row, row + 1), slice(at, at + _MEASURED + 1))
+                original = logits(self._original(0, torch.float32)[cut])
+                quantized = logits(self._quantized(0, torch.float32)[cut])
+                for name, value in compare_logits(original, quantized, first[cut]).items():
+                    totals[name] = totals.get(name, 0.0) + value / len(pieces)
         return {
             "perplexity_source": _perplexity(totals["nll_reference"]),
             "perplexity_quantized": _perplexity(totals["nll"]),

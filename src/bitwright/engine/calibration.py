@@ -14,8 +14,17 @@ import torch
 from bitwright.engine.recipe import Calibration
 from bitwright.errors import HubError, InputError
 
-__all__ = ["CalibrationTokens", "load_texts", "load_tokenizer", "tokens_from_texts", "tokens_from_windows"]
+__all__ = [
+    "BATCH_TOKENS",
+    "CalibrationTokens",
+    "load_texts",
+    "load_tokenizer",
+    "tokens_from_texts",
+    "tokens_from_windows",
+]
 
+#: tokens that run through a block at a time
+BATCH_TOKENS = 2048
 #: fewer tokens than this make poor statistics: a warning, not an error
 _FEW_TOKENS = 16_384
 #: fewer than this make none
@@ -198,7 +207,7 @@ def tokens_from_texts(
 def tokens_from_windows(
     windows: Sequence[Sequence[int]], calibration: Calibration, *, vocab_size: int, origin: str
 ) -> CalibrationTokens:
-    """Batches of about 4096 tokens from windows; windows of different lengths never share a batch, so nothing is padded."""
+    """Batches of about 2048 tokens from windows; windows of different lengths never share a batch, so nothing is padded."""
     largest = max(max(window) for window in windows)
     if largest >= vocab_size:
         raise InputError(
@@ -208,7 +217,7 @@ def tokens_from_windows(
     batches: list[torch.Tensor] = []
     pending: list[Sequence[int]] = []
     for window in windows:
-        if pending and (len(pending[0]) != len(window) or (len(pending) + 1) * len(window) > 4096):
+        if pending and (len(pending[0]) != len(window) or (len(pending) + 1) * len(window) > BATCH_TOKENS):
             batches.append(torch.tensor(pending, dtype=torch.int64))
             pending = []
         pending.append(window)

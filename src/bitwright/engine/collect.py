@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitwright.core.stats import CrossGram, Gram, Product
+from bitwright.core.stats import Accumulate, CrossGram, Gram
 from bitwright.model.blocks import BlockCall, BlockRunner, InputObserver, Slot
 from bitwright.model.structure import LinearUnit
 
-__all__ = ["Batch", "Group", "GroupStats", "collect", "fast_gram_product", "split_by_memory", "trace"]
+__all__ = ["Batch", "Group", "GroupStats", "collect", "fast_accumulate", "split_by_memory", "trace"]
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,28 @@ def trace(
     return [*stages.values(), *([unseen] if unseen else [])]
 
 
-def fast_gram_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """``xᵀ y`` in float32; bfloat16 inputs are multiplied by the CPU's bfloat16 units with float32 sums, which loses nothing."""
-    if x.dtype != torch.bfloat16 or y.dtype != torch.bfloat16 or not _bfloat16_units():
-        return x.float().T @ y.float()
+#: Tokens that are cast to float32 and multiplied at a time: for wide matrices, and for narrow ones, whose products MKL divides
+#: along the tokens as soon as there are many, into as many parts as there are threads.
+_TOKENS, _TOKENS_NARROW, _NARROW = 1024, 256, 768
+
+
+def fast_accumulate(into: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Add ``xᵀ y`` to ``into`` in float32.
+
+    bfloat16 inputs are multiplied by the CPU's bfloat16 units with float32 sums, which loses nothing. The pieces of tokens do not
+    depend on the thread count, and each is added in order.
+    """
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
+    exact = x.dtype == torch.bfloat16 and y.dtype == torch.bfloat16 and _bfloat16_units()
+    if exact:
+        settings.fp32_precision = "bf16"
     try:
-        return x.float().T @ y.float()
+        tokens = _TOKENS_NARROW if len(into) < _NARROW else _TOKENS
+        for start in range(0, len(x), tokens):
+            left = x[start : start + tokens].float()
+            right = left if x is y else y[start : start + tokens].float()
+            into.addmm_(left.T, right)
     finally:
         settings.fp32_precision = before
 
@@ -148,7 +161,7 @@ class _Collector:
     """Fills the statistics during runs of the block that is being quantized."""
 
     groups: Sequence[Group]
-    product: Product
+    accumulate: Accumulate
     stats: dict[int, GroupStats] = field(default_factory=dict)
     original: _Inputs | None = None
 
@@ -171,7 +184,7 @@ class _Collector:
         if index is None:
             return
         group = self.groups[index]
-        stats = self.stats.setdefault(index, GroupStats(Gram(group.columns, product=self.product)))
+        stats = self.stats.setdefault(index, GroupStats(Gram(group.columns, accumulate=self.accumulate)))
         # Linears of a dense group see the same input, which counts once; an expert may be called more than once a run.
         if slot[1] is not None or index not in self.current:
             if len(x):
@@ -179,7 +192,7 @@ class _Collector:
             self.current[index] = x
             if self.original is not None and index in self.original.x:
                 if stats.drift is None:
-                    stats.drift = CrossGram(group.columns, product=self.product)
+                    stats.drift = CrossGram(group.columns, accumulate=self.accumulate)
                 stats.drift.update_pair(self.original.x[index], x)
         self.waiting.discard(slot)
         self._maybe_stop()
@@ -191,7 +204,7 @@ class _Collector:
         x = self.current[index]
         found = self.stats[index].residual_drift
         if slot not in found:
-            found[slot] = CrossGram(x.shape[1], rows=other.shape[1], product=self.product)
+            found[slot] = CrossGram(x.shape[1], rows=other.shape[1], accumulate=self.accumulate)
         found[slot].update_against(self.original.residual[slot], other, x)
         self.sums_left.discard(slot)
         self._maybe_stop()
@@ -207,14 +220,14 @@ def collect(
     batches: Iterable[Batch],
     *,
     original: nn.Module | None = None,
-    product: Product = fast_gram_product,
+    accumulate: Accumulate = fast_accumulate,
 ) -> list[GroupStats]:
     """Statistics per group over all batches; an expert that no token reached gets an empty Gram matrix.
 
     original: the block with its original weights. Where it is given and a batch has the original model's hidden states, both
     run, and the drift between them is collected for dense groups.
     """
-    collector = _Collector(groups, product)
+    collector = _Collector(groups, accumulate)
     observer = InputObserver(_watched(block, collector.of_slot), collector.on_input, collector.on_sum)
     for batch in batches:
         seen = None

@@ -16,6 +16,7 @@ from bitwright.core.source import Sink, Source
 from bitwright.engine.blockwise import Blockwise
 from bitwright.engine.calibration import CalibrationTokens
 from bitwright.engine.journal import Commit, Journal
+from bitwright.engine.memory import release_free_memory
 from bitwright.engine.plan import Plan, PlanEntry
 from bitwright.engine.progress import Progress
 from bitwright.engine.tensors import TensorWork
@@ -63,6 +64,7 @@ class Driver:
                 commit = self._plain_step(step, entries, None if blocks is None else blocks.save_first)
             else:
                 commit = blocks.step(step, entries)
+            release_free_memory()
             self.sink.sync()
             self.journal.append(commit)
             label = "outside the blocks" if step == 0 else f"block {step - 1}"

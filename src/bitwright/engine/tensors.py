@@ -71,17 +71,20 @@ class TensorWork:
 
     def pieces(self, entry: PlanEntry) -> Iterator[tuple[int, torch.Tensor]]:
         """``(first row, rows)`` of a stored tensor; NumericError where one is not finite."""
+        for start, piece in self._rows(entry):
+            if _bad_values(piece):
+                bad = sum(_bad_values(part) for _, part in self._rows(entry))
+                raise _not_finite(entry.tensor, bad)
+            yield start, piece
+
+    def _rows(self, entry: PlanEntry) -> Iterator[tuple[int, torch.Tensor]]:
         shape = entry.spec.shape
         if not shape or math.prod(shape) <= CHUNK_ELEMENTS:
-            tensor = self.source.read(entry.tensor)
-            _check_finite(entry.tensor, tensor)
-            yield 0, tensor
+            yield 0, self.source.read(entry.tensor)
             return
         rows = max(1, CHUNK_ELEMENTS // math.prod(shape[1:]))
         for start in range(0, shape[0], rows):
-            piece = self.source.read(entry.tensor, (start, min(start + rows, shape[0])))
-            _check_finite(entry.tensor, piece)
-            yield start, piece
+            yield start, self.source.read(entry.tensor, (start, min(start + rows, shape[0])))
 
     def check(self, entry: PlanEntry) -> None:
         """Raise NumericError, naming the tensor, where a weight is not finite."""
@@ -95,7 +98,8 @@ class TensorWork:
         scheme, (out, columns) = entry.scheme, entry.unit.shape
         if stats or scheme.tile.rows != 1 or entry.unit.transposed or out * columns <= CHUNK_ELEMENTS:
             weight = self.source.read(entry.tensor)
-            _check_finite(entry.tensor, weight)
+            if bad := _bad_values(weight):
+                raise _not_finite(entry.tensor, bad)
             return self._run(entry, method, (weight.T if entry.unit.transposed else weight).float().contiguous(), stats)
         parts = [self._run(entry, method, piece.float(), {}).tensor for _, piece in self.pieces(entry)]
         params = {name: torch.cat([part.params[name] for part in parts]) for name in parts[0].params}
@@ -137,11 +141,15 @@ class TensorWork:
         )
 
 
-def _check_finite(name: str, tensor: torch.Tensor) -> None:
-    if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
-        finite = torch.isfinite(tensor)
-        if not bool(finite.all()):
-            bad = int((~finite).sum())
-            raise NumericError(
-                f"{name}: {bad} values are NaN or infinite", mend="the checkpoint is damaged; download it again"
-            )
+def _bad_values(tensor: torch.Tensor) -> int:
+    """How many values are NaN or infinite."""
+    if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+        return 0
+    finite = torch.isfinite(tensor)
+    return 0 if bool(finite.all()) else int((~finite).sum())
+
+
+def _not_finite(name: str, bad: int) -> NumericError:
+    return NumericError(
+        f"{name}: {bad} values are NaN or infinite", mend="the checkpoint is damaged; download it again"
+    )

@@ -11,6 +11,7 @@ import torch
 from bitwright.engine.blockwise import cast_call
 from bitwright.engine.calibration import CalibrationTokens
 from bitwright.engine.journal import Commit
+from bitwright.engine.memory import release_free_memory
 from bitwright.engine.plan import Plan
 from bitwright.engine.tensors import CHUNK_ELEMENTS, bytes_of, decoded_hash
 from bitwright.errors import BitwrightError, VerifyError
@@ -53,6 +54,7 @@ def verify(
             found = decoded_hash(opened.quantized(entry.unit.name))
         else:
             found = _raw_hash(opened.stored, entry.tensor)
+        release_free_memory()
         if expected != found:
             raise VerifyError(f"{entry.tensor}: what was written differs from what was computed", mend=mend)
     if tokens is not None and activations is not None:

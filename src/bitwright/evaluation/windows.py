@@ -20,10 +20,15 @@ __all__ = ["Window", "make_windows"]
 
 @dataclass(frozen=True)
 class Window:
-    """tokens: ``(1, length)`` int64; first: index of the first token whose prediction counts (at least 1)."""
+    """tokens: ``(1, length)`` int64; new: index of the first token that no window before it held."""
 
     tokens: torch.Tensor
-    first: int
+    new: int = 0
+
+    @property
+    def first(self) -> int:
+        """Index of the first token whose prediction counts: the first new one, but nothing predicts token 0."""
+        return max(self.new, 1)
 
     @property
     def counted(self) -> int:
@@ -45,24 +50,26 @@ def make_windows(
         raise InputError(f"a window of {length} tokens predicts nothing", mend="use a length of at least 2")
     if stride is not None and not 0 < stride <= length:
         raise InputError(f"stride {stride} is outside 1..{length}", mend="use a stride of at most the window length")
+    if limit is not None and limit < 1:
+        raise InputError(f"{limit} windows measure nothing", mend="use at least 1")
     stream = torch.tensor(list(ids), dtype=torch.int64)
     if len(stream) < 2:
         raise InputError("the evaluation text has fewer than two tokens", mend="give a longer text")
     windows: list[Window] = []
     if stride is None:
         if len(stream) < length:
-            return [Window(stream[None], 1)]
+            return [Window(stream[None])]
         for start in range(0, len(stream) - length + 1, length):
-            windows.append(Window(stream[None, start : start + length], 1))
+            windows.append(Window(stream[None, start : start + length]))
             if limit is not None and len(windows) >= limit:
                 break
         return windows
     previous_end = 0
     for start in range(0, len(stream), stride):
         end = min(start + length, len(stream))
-        first = max(previous_end - start, 1)
-        if end - start > first:
-            windows.append(Window(stream[None, start:end], first))
+        window = Window(stream[None, start:end], max(previous_end - start, 0))
+        if window.counted > 0:
+            windows.append(window)
         previous_end = end
         if end == len(stream) or (limit is not None and len(windows) >= limit):
             break

@@ -52,7 +52,7 @@ class Gptq(Method):
     """
 
     name: ClassVar[str] = "gptq"
-    damping: float = 0.05
+    damping: float = 0.1
     block: int = 128
     act_order: bool = True
     clip: str = "search"
@@ -91,9 +91,9 @@ class Gptq(Method):
             return self._fallback(w, stats, scheme, context, message)
         upper, damping = factored
         target = _corrected(w, stats, upper, order, dead)
-        params = self._fit(target, scheme, gram, context) if order is not None else None
+        params = self._fit(target, scheme, gram.mean_square, context) if order is not None else None
         factor = upper.div_(upper.diagonal().clone())
-        tensor = self._round(target, factor, order, params, scheme, context)
+        tensor = self._round(target, factor, order, params, scheme, gram.mean_square, context)
         loss = relative_loss(target, tensor.decode(), h)
         return Outcome(tensor=tensor, loss=loss, dead_columns=int(dead.sum()), damping=damping)
 
@@ -109,9 +109,11 @@ class Gptq(Method):
 
         return Search(steps=self.search_steps)
 
-    def _fit(self, w: torch.Tensor, scheme: Scheme, gram: Gram, context: Context) -> Params:
+    def _fit(self, w: torch.Tensor, scheme: Scheme, importance: torch.Tensor, context: Context) -> Params:
         if self.clip == "search":
-            found: Params = self._search().params(w, scheme, gram.mean_square, context)
+            # A tile whose inputs were all zero has no weights to search by.
+            weights = importance if bool((importance > 0).any()) else None
+            found: Params = self._search().params(w, scheme, weights, context)
             return found
         return scheme.fit(w, context=context.prepared)
 
@@ -122,9 +124,10 @@ class Gptq(Method):
         order: torch.Tensor | None,
         params: Params | None,
         scheme: Scheme,
+        importance: torch.Tensor,
         context: Context,
     ) -> QuantizedTensor:
-        """The column loop. factor: M, ``(columns, columns)`` unit upper triangular, in visiting order."""
+        """The column loop. factor: M, ``(columns, columns)`` unit upper triangular, in visiting order; importance: E[x²]."""
         rows, columns = w.shape
         shape = (rows, columns)
         weights = (w if order is None else w[:, order]).T.contiguous()
@@ -145,7 +148,7 @@ class Gptq(Method):
             if params is None:
                 if start % span == 0:
                     tile = self._entering(weights, errors, factor, start, start + span)
-                    fitted.append(scheme.fit(tile, context=context.prepared))
+                    fitted.append(self._fit(tile, scheme, importance[start : start + span], context))
                 local_shape = (rows, span)
                 codec = scheme.codec(fitted[-1], local_shape)
                 local = visit[start:stop] - (start // span) * span

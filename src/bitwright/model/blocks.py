@@ -7,7 +7,8 @@ k and v. Nothing here depends on names or on the architecture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from bitwright.core.source import Source
 from bitwright.errors import InputError
 from bitwright.model.names import NameMap
-from bitwright.model.skeleton import Skeleton, materialize_buffers
+from bitwright.model.skeleton import Skeleton, compute_buffers, materialize_buffers
 
 __all__ = ["BlockCall", "BlockRunner", "Capture", "InputObserver", "Slot"]
 
@@ -192,14 +193,7 @@ class BlockRunner:
                 raise InputError(f"the checkpoint lacks {name}", mend="check the download")
             made = self.names.load(origin, self.source.read, self.skeleton.model)
             _assign(module, name.removeprefix(lead), made[origin], self.dtype)
-        waiting = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
-        if waiting:
-            for name in waiting:
-                module._buffers[name] = torch.empty_like(module.get_buffer(name), device="cpu")
-            if not own:
-                self.skeleton.model._init_weights(module)
-            else:
-                _recompute_buffers(self.skeleton.model, module, waiting)
+        compute_buffers(self.skeleton.model, module)
 
     # --- running -------------------------------------------------------------------------------------------------------
 
@@ -212,37 +206,68 @@ class BlockRunner:
         assert isinstance(result, torch.Tensor)
         return result
 
-    def head(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[], None]]:
-        """``(hidden -> logits, release)``: final norm and output head, run as the model runs them after the last block."""
+    @contextmanager
+    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """``hidden -> logits``: what the model does after its last block, final norm and output head, in ``dtype``.
+
+        hidden: ``(batch, tokens, width)``. The head's weight stays in its stored dtype and is cast piece by piece, so that a large
+        vocabulary does not cost twice its size; the input embeddings are not loaded.
+        """
         model = self.skeleton.model
-        base = model.base_model
-        base_path = next((n for n, m in model.named_modules() if m is base), "")
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         modules = [
-            (_join("", n), m) for n, m in model.named_modules() if not self._inside_blocks(n) and _owns_tensors(m)
+            (name, module)
+            for name, module in model.named_modules()
+            if not self._inside_blocks(name) and _owns_tensors(module) and module not in (embedding, head)
         ]
-        for name, child in modules:
-            self._fill_shallow(name, child)
+        for name, module in modules:
+            self._fill_shallow(name, module)
+        if head is not None:
+            path = next(name for name, module in model.named_modules() if module is head)
+            model.set_output_embeddings(
+                _PiecewiseHead(*(self._stored(f"{path}.{leaf}") for leaf in ("weight", "bias")))
+            )
         blocks = self.skeleton.blocks
-        del base_path
         originals = list(blocks)
 
         def logits(hidden: torch.Tensor) -> torch.Tensor:
-            for i in range(len(originals)):
-                blocks[i] = _Replay(originals[i], hidden, self._as_tuple)
-            try:
-                with torch.no_grad():
-                    tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64)
-                    found: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
-                    return found
-            finally:
-                for i, block in enumerate(originals):
-                    blocks[i] = block
+            for i, block in enumerate(originals):
+                blocks[i] = _Replay(block, hidden, self._as_tuple)
+            with torch.no_grad():
+                found: torch.Tensor = model(inputs_embeds=hidden, use_cache=False).logits
+            return found
 
-        def release() -> None:
-            for _, child in modules:
-                _to_meta_shallow(child)
+        try:
+            yield logits
+        finally:
+            for i, block in enumerate(originals):
+                blocks[i] = block
+            if head is not None:
+                model.set_output_embeddings(head)
+            for _, module in modules:
+                _to_meta_shallow(module)
 
-        return logits, release
+    def _stored(self, name: str) -> torch.Tensor | None:
+        """A parameter outside the blocks in its stored dtype, through its tie where it has one; None where there is none."""
+        origin = name if name in self.names.parameters else self.skeleton.tied.get(name, name)
+        if origin not in self.names.parameters:
+            return None
+        return self.names.load(origin, self.source.read, self.skeleton.model)[origin]
+
+
+class _PiecewiseHead(nn.Module):
+    """A linear layer whose weight is cast to the input's dtype in pieces of rows."""
+
+    def __init__(self, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        assert weight is not None
+        self._weight = [weight]
+        self._bias = [bias]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        parts = [nn.functional.linear(hidden, piece.to(hidden.dtype)) for piece in torch.split(self._weight[0], 4096)]
+        out = torch.cat(parts, dim=-1)
+        return out if self._bias[0] is None else out + self._bias[0].to(out.dtype)
 
 
 class _Replay(nn.Module):
@@ -289,15 +314,6 @@ def _to_meta_shallow(module: nn.Module) -> None:
     for name, buffer in module._buffers.items():
         if buffer is not None:
             module._buffers[name] = buffer.to("meta")
-
-
-def _recompute_buffers(model: Any, module: nn.Module, waiting: Sequence[str]) -> None:
-    """Compute buffers of a module that also holds loaded parameters: initialise, then put the parameters back."""
-    kept = {name: parameter.detach().clone() for name, parameter in module.named_parameters(recurse=False)}
-    model._init_weights(module)
-    for name, value in kept.items():
-        module._parameters[name] = nn.Parameter(value, requires_grad=False)
-    del waiting
 
 
 class InputObserver(TorchFunctionMode):

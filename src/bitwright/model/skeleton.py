@@ -114,21 +114,31 @@ def _find_blocks(model: nn.Module, path: Path, mend: str) -> str:
 
 
 def materialize_buffers(model: Any, module: nn.Module) -> None:
-    """Give every buffer below ``module`` that is still on the meta device its computed value (rotary frequencies, masks).
-
-    Non-persistent buffers are not in the checkpoint; transformers recomputes them in ``_init_weights``.
-    """
+    """Give every buffer below ``module`` that is still on the meta device its computed value (rotary frequencies, masks)."""
     for child in module.modules():
-        waiting = [name for name, buffer in child.named_buffers(recurse=False) if buffer.is_meta]
-        if not waiting:
-            continue
-        for name in waiting:
-            buffer = child.get_buffer(name)
-            child._buffers[name] = torch.empty_like(buffer, device="cpu")
-        parameters = dict(child.named_parameters(recurse=False))
-        if parameters:
-            raise InputError(
-                f"{type(child).__name__} holds both parameters and computed buffers {waiting}",
-                mend="use a data-free method (--method rtn)",
-            )
-        model._init_weights(child)
+        compute_buffers(model, child)
+
+
+def compute_buffers(model: Any, module: nn.Module) -> None:
+    """Compute the buffers of one module that are still on the meta device; its children and loaded tensors stay as they are.
+
+    Non-persistent buffers are not in the checkpoint; transformers recomputes them in ``_init_weights``, which also draws random
+    parameters. So parameters are on the meta device meanwhile (Gemma's embeddings hold both), and loaded buffers set aside.
+    """
+    waiting = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+    if not waiting:
+        return
+    parameters = dict(module._parameters)
+    loaded = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and name not in waiting}
+    for name in waiting:
+        module._buffers[name] = torch.empty_like(module.get_buffer(name), device="cpu")
+    for name, buffer in loaded.items():
+        module._buffers[name] = buffer.clone()
+    for name, parameter in parameters.items():
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    try:
+        model._init_weights(module)
+    finally:
+        module._parameters.update(parameters)
+        module._buffers.update(loaded)

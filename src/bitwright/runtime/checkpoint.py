@@ -20,6 +20,8 @@ __all__ = ["DecodedSource", "find_layout", "open_checkpoint"]
 
 #: ``quant_method`` in config.json -> layout
 _LAYOUTS = {"gptq": "gptq", "compressed-tensors": "compressed-tensors", "bitwright": "native"}
+#: names of the Conv1D modules in transformers' GPT-2 and GPT
+_CONV1D = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 
 
 def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -128,5 +130,7 @@ def open_checkpoint(path: Path) -> SafetensorsDir | DecodedSource:
 
 
 def conv1d_modules(config: Mapping[str, Any], modules: Mapping[str, object]) -> frozenset[str]:
-    """Modules that transformers holds as Conv1D, ``(in, out)``: all of GPT-2's."""
-    return frozenset(modules) if config.get("model_type") in ("gpt2", "openai-gpt") else frozenset()
+    """Modules that transformers holds as Conv1D, ``(in, out)``: those of GPT-2's blocks, not its embeddings and head."""
+    if config.get("model_type") not in ("gpt2", "openai-gpt"):
+        return frozenset()
+    return frozenset(name for name in modules if name.rpartition(".")[2] in _CONV1D)

@@ -10,11 +10,14 @@ from torch.nn import functional
 
 from bitwright.core.bits import pack_words, unpack_words
 from bitwright.core.tensor import QuantizedTensor
+from bitwright.errors import InputError
 from bitwright.schemes.affine import Affine
 
 __all__ = ["QuantizedLinear"]
 
 _INT4_GROUPS = (32, 64, 128, 256)
+#: Columns read back from torch's int4 order at once, so that the identity stays small.
+_READ_COLUMNS = 512
 
 
 class QuantizedLinear(nn.Module):
@@ -36,7 +39,13 @@ class QuantizedLinear(nn.Module):
         self._param_names = tuple(tensor.params)
         for name, value in tensor.params.items():
             self.register_buffer(f"param_{name}", value)
-        self.kernel = _choose(tensor, dtype) if kernel == "auto" else kernel
+        fastest = _choose(tensor, dtype)
+        if kernel not in ("auto", "reference", fastest):
+            raise InputError(
+                f"kernel '{kernel}' does not serve {tensor.scheme.describe()} {tensor.shape} with {dtype} activations",
+                mend="use auto or reference",
+            )
+        self.kernel = fastest if kernel == "auto" else kernel
         if self.kernel == "int4":
             self._pack_int4(tensor)
         elif self.kernel == "int8":
@@ -61,9 +70,15 @@ class QuantizedLinear(nn.Module):
         """Ŵ ``(out, in)`` float32."""
         params = {name: self.get_buffer(f"param_{name}") for name in self._param_names}
         if self.kernel == "int4":
-            # torch keeps its int4 order to itself; multiplying by the identity reads it back exactly.
-            scale = params["scale"]
-            return self._int4(torch.eye(self.in_features, dtype=scale.dtype)).T.float().contiguous()
+            # torch keeps its int4 order to itself; multiplying by the identity reads it back. In float32, because a
+            # 16-bit product would be rounded.
+            weight = torch.empty(self.out_features, self.in_features)
+            for start in range(0, self.in_features, _READ_COLUMNS):
+                count = min(_READ_COLUMNS, self.in_features - start)
+                some = torch.zeros(count, self.in_features)
+                some[:, start : start + count] = torch.eye(count)
+                weight[:, start : start + count] = self._int4(some).T
+            return weight
         if self.kernel == "int8":
             codes = (self.get_buffer("packed").to(torch.int16) + 128).to(torch.uint8)
         else:
@@ -75,7 +90,7 @@ class QuantizedLinear(nn.Module):
 
     def _int4(self, x: torch.Tensor) -> torch.Tensor:
         group_size = cast(Affine, self.scheme).group_size
-        pairs = self.get_buffer("scales_and_zeros")
+        pairs = self.get_buffer("scales_and_zeros").to(x.dtype)
         out: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.get_buffer("packed"), group_size, pairs)
         return out
 
