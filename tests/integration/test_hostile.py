@@ -271,7 +271,7 @@ def test_zero_and_tiny_and_constant_groups_come_back(method, symmetric, model, t
             weight[16:24] = 0.75
 
     _change_weights(model, change)
-    # Correcting the drift of the residual stream would move zero rows as well.
+    # Correcting the drift of the residual stream moves tiny weights too.
     plain = ["--method-option", "correct_drift=false"] if method == "gptq" else []
     options = [*FAST, "--calibration", text, "--method", method, *plain, symmetric]
     assert bitwright("quantize", model, "-o", tmp_path / "out", *options)[0] == 0
@@ -285,6 +285,21 @@ def test_zero_and_tiny_and_constant_groups_come_back(method, symmetric, model, t
         # Half a step: 1.5 / 15 / 2 symmetric, 0.75 / 15 / 2 asymmetric; GPTQ may move away from the nearest.
         limit = 0.051 if method == "rtn" else 0.3
         assert (weight[16:24] - 0.75).abs().max() <= limit
+
+
+def test_pruned_rows_stay_pruned_when_gptq_corrects_the_drift(model, text, bitwright, tmp_path):
+    import bitwright as library
+
+    def change(tensors):
+        for block in range(3):
+            tensors[f"model.layers.{block}.self_attn.o_proj.weight"][0:8] = 0
+
+    _change_weights(model, change)
+    assert (
+        bitwright("quantize", model, "-o", tmp_path / "out", *FAST, "--calibration", text, "--method", "gptq")[0] == 0
+    )
+    for block in library.load(tmp_path / "out").model.layers:
+        assert torch.equal(block.self_attn.o_proj.weight.float()[0:8], torch.zeros(8, 64))
 
 
 def test_scale_that_overflows_float16_fails_where_the_layout_has_no_wider_one(model, refused, bitwright, tmp_path):

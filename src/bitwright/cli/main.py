@@ -80,9 +80,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("interrupted\n")
         return 130
     except MemoryError:
-        sys.stderr.write("error: out of memory\n  mend: use --max-memory, or a machine with more\n")
-        return 4
+        return _out_of_memory()
+    except RuntimeError as error:
+        # torch has no type of its own for a failed allocation on the CPU.
+        if "allocate memory" not in str(error):
+            raise
+        return _out_of_memory()
     return 0
+
+
+def _out_of_memory() -> int:
+    sys.stderr.write("error: out of memory\n  mend: use --max-memory, or a machine with more\n")
+    return 4
 
 
 def _fail(error: BitwrightError) -> int:

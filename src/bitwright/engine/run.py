@@ -168,6 +168,13 @@ def _identity(recipe: Recipe, source: SafetensorsDir, tokens: CalibrationTokens 
         f"recipe {key}": json.dumps(value, sort_keys=True) for key, value in recipe.model_dump(mode="json").items()
     }
     identity |= {f"model file {name}": value for name, value in source.fingerprint().items()}
+    # The fingerprint samples large files; for an interrupted run the time of the last change is compared as well. It never
+    # reaches the output.
+    identity |= {
+        f"last change of {name}": str((source.path / name).stat().st_mtime_ns)
+        for name in source.fingerprint()
+        if (source.path / name).is_file()
+    }
     identity |= {f"version of {name}": value for name, value in versions().items()}
     identity["calibration tokens"] = tokens.digest if tokens is not None else "none or sampled"
     return identity

@@ -220,6 +220,8 @@ def _corrected(
         back = torch.empty_like(moved)
         back[:, order] = moved
         moved = back
+    # Rows that somebody pruned stay pruned.
+    moved[~w.any(dim=1)] = 0
     return w + moved
 
 
