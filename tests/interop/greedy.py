@@ -34,9 +34,11 @@ class Agreement:
         return f"{self.compared} of {self.positions} positions compared, {self.different} different; {rest}"
 
 
-def agreement(folder: Path, prompts: list[list[int]], tokens: list[list[int]], dtype: torch.dtype) -> Agreement:
-    """``prompts`` and ``tokens``: lists of one length each."""
-    model = bitwright.load(folder, dtype=dtype)
+def agreement(
+    folder: Path, prompts: list[list[int]], tokens: list[list[int]], dtype: torch.dtype, kernel: str = "auto"
+) -> Agreement:
+    """``prompts`` and ``tokens``: lists of one length each. kernel: that of ``bitwright.load``."""
+    model = bitwright.load(folder, dtype=dtype, kernel=kernel)
     chosen = torch.tensor(tokens)
     ids, start = torch.cat([torch.tensor(prompts), chosen], dim=1), len(prompts[0])
     with torch.no_grad():

@@ -42,30 +42,46 @@ BITS = (2, 3, 4, 8)
 GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 VLLM_GROUPS = (-1, 32, 64, 128)
 _FORMATS = ("gptq", "gptq_v2")
+#: Bits -> 1 in every field of a word, where no field crosses one. GPTQModel 7.7, utils/model.py: v1 zero points are words less this
+#: (modulo 2^32), and 3-bit fields each less 1 (modulo 8).
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gptq(Layout):
-    """GPTQ files. checkpoint_format: ``gptq`` (v1, stores ``zero - 1``; every reader knows it) or ``gptq_v2``."""
+    """GPTQ files. checkpoint_format: ``gptq`` (v1, stores ``zero - 1``; every reader knows it) or ``gptq_v2``.
+
+    whole_words: for reading v1 alone; its writer took the 1 from whole words, as GPTQModel does, so that a zero point of 0 has
+    borrowed from the fields above it.
+    """
 
     name: ClassVar[str] = "gptq"
     quant_method: ClassVar[str] = "gptq"
 
     checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
+    whole_words: bool = False
 
     def __post_init__(self) -> None:
         if self.checkpoint_format not in _FORMATS:
             raise InputError(f"checkpoint_format '{self.checkpoint_format}' is unknown", mend="use gptq or gptq_v2")
+        if self.whole_words and not self.zero_shift:
+            raise InputError("whole_words is about v1 files", mend="leave it out")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         super().from_config(config)
-        return cls(checkpoint_format=_checkpoint_format(config))  # type: ignore[arg-type]
+        found = _checkpoint_format(config)
+        return cls(checkpoint_format=found, whole_words=found == "gptq" and _by_gptqmodel(config))  # type: ignore[arg-type]
 
     @property
     def zero_shift(self) -> int:
         """What v1 subtracts from a zero point before it stores it."""
         return int(self.checkpoint_format == "gptq")
+
+    @property
+    def _zero_min(self) -> int:
+        """The smallest zero point that a file may hold."""
+        return 0 if self.whole_words else self.zero_shift
 
     def limits(self, model_dtype: torch.dtype) -> Limits:
         del model_dtype
@@ -130,8 +146,12 @@ class Gptq(Layout):
         *required, index_spec = self.tensors(name, scheme, shape)
         qweight, qzeros, scales = (check_stored(tensors, spec) for spec in required)
         codes = unpack_words(qweight.t(), bits, columns)
+        if self.whole_words and bits in _ONES:
+            qzeros = qzeros + _ONES[bits]
         zero = transposed(unpack_words(qzeros, bits, rows))
-        if self.zero_shift:
+        if self.whole_words and bits not in _ONES:
+            zero = (zero + 1) & (2**bits - 1)
+        elif self.zero_shift and not self.whole_words:
             if bits == 8 and bool((zero == 255).any()):
                 raise InputError(
                     f"'{name}.qzeros' holds 255, which v1 cannot mean", mend="the file's zero points overflowed"
@@ -154,7 +174,7 @@ class Gptq(Layout):
         if scheme.symmetric:
             # "sym": true beside other zero points: what the tensors say counts.
             scheme = _affine(
-                bits, False, group_size if scheme.granularity == "group" else -1, scale.dtype, self.zero_shift
+                bits, False, group_size if scheme.granularity == "group" else -1, scale.dtype, self._zero_min
             )
         return QuantizedTensor(scheme, shape, codes, {"scale": scale, "zero": zero})
 
@@ -244,7 +264,7 @@ class Gptq(Layout):
             short = AffineIndexed(bits=bits, group_size=group_size, scale_dtype=_plain_name(scales.dtype))
             return short, (rows, columns)
         symmetric = bool(config.get("sym", True))
-        return _affine(bits, symmetric, group_size, scales.dtype, self.zero_shift), (rows, columns)
+        return _affine(bits, symmetric, group_size, scales.dtype, self._zero_min), (rows, columns)
 
     def loads_in(self, scheme: Scheme, model_type: str) -> dict[str, str | None]:
         del model_type
@@ -289,6 +309,13 @@ def _checkpoint_format(config: Mapping[str, Any]) -> str:
     if found not in _FORMATS:
         raise InputError(f"GPTQ checkpoint format '{found}' is not read here", mend="convert it to gptq or gptq_v2")
     return str(found)
+
+
+def _by_gptqmodel(config: Mapping[str, Any]) -> bool:
+    """Whether GPTQModel says in ``meta`` that it wrote the file."""
+    meta = config.get("meta")
+    writers = meta.get("quantizer") if isinstance(meta, Mapping) else None
+    return any(str(w).startswith("gptqmodel:") for w in (writers if isinstance(writers, list) else [writers]))
 
 
 def _override(config: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -233,6 +233,30 @@ def test_a_stored_fifteen_means_sixteen_in_v1():
         V1.unpack(NAME, Affine(bits=8, symmetric=False, granularity="channel"), (8, 8), tensors)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zero_points_of_zero_in_v1_files_of_gptqmodel(bits):
+    # By the rule of GPTQModel's utils/model.py: 1 is taken from whole words at 2, 4 and 8 bits, from each field at 3.
+    zeros = np.arange(32).reshape(1, 32) % 2**bits
+    stored = (zeros - 1) % 8 if bits == 3 else zeros
+    tensors = foreign(np.zeros((32, 32)), stored, np.ones((1, 32)), np.zeros(32), bits, shift=0)
+    if bits != 3:
+        tensors[f"{NAME}.qzeros"] -= sum(1 << at for at in range(0, 32, bits))
+    config = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": -1,
+        "sym": False,
+        "meta": {"quantizer": ["gptqmodel:7.7.0"]},
+    }
+    layout = Gptq.from_config(config)
+    scheme, shape = layout.read_config(config, torch.float16, specs_of(tensors))[NAME]
+    assert scheme.zero_min == 0
+    assert layout.unpack(NAME, scheme, shape, tensors).params["zero"][:, 0].tolist() == zeros[0].tolist()
+    assert layout.accepts(scheme, shape) is not None
+    assert Gptq.from_config(config | {"checkpoint_format": "gptq_v2"}) == V2
+    assert Gptq.from_config(config | {"meta": {"quantizer": ["other:1"]}}) == V1
+
+
 def test_shapes_beat_a_config_that_contradicts_them():
     tensors, expected = random_file(8)
     config = {"bits": 4, "group_size": 128, "sym": False}
