@@ -9,8 +9,9 @@ import torch
 
 from bitwright import catalog
 from bitwright.core.layout import ENGINES, Layout
+from bitwright.core.quantized import QuantizedTensor
 from bitwright.core.scheme import Scheme
-from bitwright.core.tensor import QuantizedTensor, TensorSpec
+from bitwright.core.tensor import TensorSpec
 from bitwright.errors import BitwrightError, InputError, PlanError
 
 NAME = "model.layers.0.mlp.down_proj"

@@ -9,9 +9,9 @@ import torch
 
 from bitwright import catalog
 from bitwright.core.method import Context
+from bitwright.core.quantized import QuantizedTensor
 from bitwright.core.scheme import Scheme
 from bitwright.core.stats import CrossGram, Gram
-from bitwright.core.tensor import QuantizedTensor
 from bitwright.errors import PlanError
 from bitwright.kernels.numba_feedback import feedback_block
 from bitwright.kernels.numba_tiles import tile_sums

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bitwright import catalog
+from bitwright.core.quantized import QuantizedTensor
 from bitwright.core.scheme import AffineCodec, Scheme
-from bitwright.core.tensor import QuantizedTensor
 from bitwright.errors import InputError, NumericError, PlanError
 
 SHAPE = (64, 512)

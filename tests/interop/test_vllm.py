@@ -16,9 +16,15 @@ LOADS = {
 }
 REFUSED = {
     "ct-rtn-2": ({"bits": 2}, "not supported by CPUWNA16"),
+    "ct-rtn-8": ({"bits": 8}, "not supported by CPUWNA16"),
     "ct-rtn-8-channel": ({"bits": 8, "group_size": "channel"}, "not supported by CPUWNA16"),
+    "gptq-2": ({"bits": 2, **GPTQ}, "Unsupported quantization config: bits=2, sym=True"),
     "gptq-3": ({"bits": 3, **GPTQ}, "Unsupported quantization config: bits=3, sym=True"),
     "gptq-8": ({"bits": 8, **GPTQ}, "Marlin does not support weight_bits"),
+    "gptq-4-asymmetric": (
+        {"bits": 4, "symmetric": False, **GPTQ},
+        "Unsupported quantization config: bits=4, sym=False",
+    ),
     "gptq_v2-4-asymmetric": (
         {"bits": 4, "symmetric": False, **GPTQ_V2},
         "Unsupported quantization config: bits=4, sym=False",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ from bitwright.errors import InputError
 
 __all__ = ["app"]
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 #: name -> options of ``bitwright.quantize``
 _RECIPES: dict[str, dict[str, Any]] = {
@@ -37,9 +36,7 @@ def find_example() -> Path:
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results; emptied first.")] = Path(
-        "demo-output"
-    ),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results.")] = Path("demo-output"),
     model: Annotated[Path | None, typer.Option("--model", help="Another model folder.")] = None,
     text: Annotated[Path | None, typer.Option("--text", help="Another calibration and evaluation text.")] = None,
     samples: Annotated[int, typer.Option("--samples", help="Calibration sequences of 512 tokens.")] = 64,
@@ -82,9 +79,11 @@ def demo(
 
 def _split(text: Path, output: Path) -> tuple[Path, Path]:
     """Calibration and evaluation halves of a text, so that nothing is measured on what it was fitted to."""
-    content = text.read_text(encoding="utf-8")
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
+    try:
+        content = text.read_text(encoding="utf-8")
+        output.mkdir(parents=True, exist_ok=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{text} or {output}: {error}", mend="check --text and --output") from error
     middle = content.find("\n", 2 * len(content) // 3)
     middle = middle if middle > 0 else 2 * len(content) // 3
     parts = (output / "calibration.txt", output / "evaluation.txt")

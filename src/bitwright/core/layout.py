@@ -14,8 +14,9 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from bitwright.core.quantized import QuantizedTensor
 from bitwright.core.scheme import Limits, Scheme
-from bitwright.core.tensor import QuantizedTensor, TensorSpec
+from bitwright.core.tensor import TensorSpec
 from bitwright.errors import InputError, PlanError
 
 __all__ = ["ENGINES", "Layout", "Read", "check_stored", "majority", "transposed"]

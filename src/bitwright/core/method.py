@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from bitwright.core.quantized import QuantizedTensor
 from bitwright.core.scheme import Codec, Params, Scheme
 from bitwright.core.stats import Statistic
-from bitwright.core.tensor import QuantizedTensor
 
 __all__ = ["Context", "FeedbackKernel", "Method", "Outcome", "TileKernel", "TileSums"]
 

@@ -23,9 +23,9 @@ from bitwright.engine.collect import Batch, Group, GroupStats, collect, split_by
 from bitwright.engine.journal import Commit, Journal
 from bitwright.engine.plan import Plan, PlanEntry
 from bitwright.engine.progress import Progress
+from bitwright.engine.recipe import make_method
 from bitwright.engine.tensors import TensorWork
 from bitwright.errors import NumericError, ResumeError
-from bitwright.methods.search import Search
 from bitwright.model.blocks import BlockCall, BlockRunner, Capture
 from bitwright.model.structure import LinearUnit
 
@@ -224,8 +224,8 @@ class Blockwise:
             if slot in stats.residual_drift and unit.place.rows is None:
                 given["residual_drift"] = stats.residual_drift[slot]
             few = unit.role == "expert" and tokens < self._plan.recipe.min_expert_tokens
-            few = few and bool(entry.method.needs) and entry.method.name != Search.name
-            method: Method = Search() if few else entry.method
+            few = few and bool(entry.method.needs) and entry.method.name != "search"
+            method: Method = make_method("search", {}) if few else entry.method
             outcome = work.quantize(entry, method, given)
             if few:
                 outcome = replace(outcome, fallback=f"search: only {tokens} tokens reached this expert")
@@ -246,6 +246,8 @@ class Blockwise:
         first = self._tokens.batches[0]
         totals: dict[str, float] = {}
         pieces = [(row, at) for row in range(len(first)) for at in range(0, first.shape[1] - 1, _MEASURED)]
+        if not pieces:
+            return {}
         with self._runner.head() as logits:
             for row, at in pieces:
                 # One token more than a piece: the last prediction of a piece is of the next one's first token.

@@ -146,7 +146,7 @@ def _dataset_texts(name: str, field: str) -> list[str]:
         raise InputError(
             f"{name}: no column '{field}' (has: {', '.join(data.column_names)})", mend="--calibration-field"
         )
-    return [str(text) for text in data[field]]
+    return [json.dumps(text) if isinstance(text, list) else str(text) for text in data[field]]
 
 
 def _ids(tokenizer: Any, text: str, calibration: Calibration) -> list[int]:

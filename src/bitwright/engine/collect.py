@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from bitwright.core.stats import Accumulate, CrossGram, Gram
-from bitwright.model.blocks import BlockCall, BlockRunner, InputObserver, Slot
+from bitwright.model.blocks import BlockCall, BlockRunner
+from bitwright.model.observe import InputObserver, Slot
 from bitwright.model.structure import LinearUnit
 
 __all__ = ["Batch", "Group", "GroupStats", "collect", "fast_accumulate", "split_by_memory", "trace"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -19,8 +19,8 @@ from bitwright.engine.journal import Commit, Journal
 from bitwright.engine.memory import release_free_memory
 from bitwright.engine.plan import Plan, PlanEntry
 from bitwright.engine.progress import Progress
+from bitwright.engine.recipe import make_method
 from bitwright.engine.tensors import TensorWork
-from bitwright.methods.search import Search
 
 __all__ = ["Driver"]
 
@@ -93,8 +93,11 @@ class Driver:
         for entry in entries:
             if entry.action == "quantize":
                 assert entry.method is not None
-                data_free = not entry.method.needs or entry.method.name == Search.name
-                work.store(entry, work.quantize(entry, entry.method if data_free else Search(), {}), 0)
+                data_free = not entry.method.needs or entry.method.name == "search"
+                outcome = work.quantize(entry, entry.method if data_free else make_method("search", {}), {})
+                if not data_free:
+                    outcome = replace(outcome, fallback="search: there are no statistics outside the blocks")
+                work.store(entry, outcome, 0)
             else:
                 work.copy(entry)
         return Commit(step, work.hashes, work.report, save_first() if save_first is not None else None)

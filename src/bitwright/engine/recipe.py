@@ -6,9 +6,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from bitwright import catalog
 from bitwright.core.method import Method
@@ -16,8 +16,6 @@ from bitwright.errors import InputError
 from bitwright.io.strict import load_yaml
 
 __all__ = ["Calibration", "Override", "Recipe", "load_recipe", "make_recipe"]
-
-GroupSize = int | Literal["channel", "tensor"]
 
 
 class _Strict(BaseModel):
@@ -41,6 +39,16 @@ class Calibration(_Strict):
     shuffle: bool = True
     chat_template: bool = False
     special_tokens: bool = False
+
+
+def _plain_group_size(value: Any) -> Any:
+    """-1 means one group over all columns, as elsewhere in the field; digits may come as text."""
+    if value in (-1, "-1"):
+        return "channel"
+    return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
+GroupSize = Annotated[int | Literal["channel", "tensor"], BeforeValidator(_plain_group_size)]
 
 
 class Override(_Strict):
@@ -78,15 +86,6 @@ class Recipe(_Strict):
     seed: int = Field(default=0, ge=0)
     max_shard_bytes: int = Field(default=5_000_000_000, ge=1_000_000)
 
-    @field_validator("group_size", mode="before")
-    @classmethod
-    def _group_size(cls, value: Any) -> Any:
-        if value in (-1, "-1"):
-            return "channel"
-        if isinstance(value, str) and value.isdigit():
-            return int(value)
-        return value
-
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
         make_method(self.method, self.method_options)
@@ -113,10 +112,9 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
                 f"method '{name}' has no option '{key}'", mend=f"its options are: {', '.join(sorted(known)) or 'none'}"
             )
         default = known[key].default
-        wrong = isinstance(default, bool) != isinstance(value, bool) or (
-            isinstance(default, int | float) and not isinstance(value, int | float)
-        )
-        if wrong or (isinstance(default, str) and not isinstance(value, str)):
+        # A whole number serves as a float, nothing else stands in for another type.
+        right = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
+        if not right:
             raise InputError(f"option '{key}' of method '{name}' is like {default!r}, not {value!r}")
     method = plugin(**options)
     assert isinstance(method, Method)

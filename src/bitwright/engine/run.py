@@ -278,7 +278,7 @@ def _finish(
         progress.note(note)
     provenance = {
         "bitwright": versions()["bitwright"],
-        "recipe": plan.recipe.model_dump(mode="json"),
+        "recipe": _published(plan.recipe),
         "source": {"name": source.path.name, "files": dict(source.fingerprint())},
         "versions": versions(),
         "calibration": calibration,
@@ -296,6 +296,15 @@ def _finish(
     _write_json(files / "bitwright.json", provenance)
     (files / "README.md").write_text(model_card(provenance, plan.engines), encoding="utf-8")
     return Result(files, plan, result.report, result.quality, calibration, notes)
+
+
+def _published(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as the output shows it: the calibration file by its name alone, for the path is the user's own."""
+    values = recipe.model_dump(mode="json")
+    text = values["calibration"]["text"]
+    if text is not None and not text.startswith("dataset:"):
+        values["calibration"]["text"] = Path(text).name
+    return values
 
 
 def _notes(result: Result, foreign: bool) -> list[str]:

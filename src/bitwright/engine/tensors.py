@@ -12,8 +12,8 @@ import torch
 
 from bitwright import catalog
 from bitwright.core.method import Context, Method, Outcome
+from bitwright.core.quantized import QuantizedTensor
 from bitwright.core.source import Sink, Source
-from bitwright.core.tensor import QuantizedTensor
 from bitwright.engine.plan import Plan, PlanEntry
 from bitwright.errors import InputError, NumericError
 

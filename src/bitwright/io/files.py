@@ -57,7 +57,9 @@ def os_error(
     if error.errno in _FULL:
         needed = "" if needed_bytes is None else f", {needed_bytes} bytes needed"
         free = "" if folder is None else f", {free_bytes(folder)} bytes free"
-        return ResourceError(f"{what}: {reason}{needed}{free}", mend="free disk space or raise the limit, then resume")
+        return ResourceError(
+            f"{what}: {reason}{needed}{free}", mend="free disk space or raise the limit, then run it again"
+        )
     if error.errno in _EXHAUSTED:
         return ResourceError(f"{what}: {reason}", mend="raise the limit (ulimit -n) or free memory")
     if error.errno == errno.EIO:

@@ -40,7 +40,7 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path
         raise os_error(error, quoted(text)) from error
     if is_folder and text:
         if revision is not None:
-            raise InputError(f"{quoted(text)}: a local folder has no revisions", mend="leave --revision out")
+            raise InputError(f"{quoted(text)}: a local folder has no revisions", mend="leave the revision out")
         return path
     if exists and text:
         raise InputError(f"{quoted(text)}: a file, not a model folder", mend="name the folder that holds it")
@@ -67,7 +67,7 @@ def _download(name: str, revision: str | None) -> Path:
             f"{name}: access to this model is gated", mend="accept its terms on the hub, then run: hf auth login"
         )
     except errors.RevisionNotFoundError:
-        failure = HubError(f"{name}: no revision {quoted(str(revision))}", mend="check --revision")
+        failure = HubError(f"{name}: no revision {quoted(str(revision))}", mend="check the revision")
     except errors.RepositoryNotFoundError as error:
         failure = (
             HubError(f"{name}: the hub refused the login (401)", mend="check the name, or run: hf auth login")

@@ -75,7 +75,7 @@ def refuse_remote_code(config: Mapping[str, Any], path: Path, trust_remote_code:
         if value:
             raise InputError(
                 f"{printable(str(path))}: config.json has 'auto_map': the model brings its own code, which is not run",
-                mend="use a model that transformers knows, or read the code and pass --trust-remote-code",
+                mend="use a model that transformers itself knows; bitwright runs no code from checkpoints",
             )
 
 

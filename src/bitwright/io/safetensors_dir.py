@@ -280,6 +280,6 @@ def _pickles(path: Path, allow_pickle: bool) -> WeightFiles:
         raise InputError(
             f"{printable(str(path))}: only pickled weights ({quoted(pickles.files[0].name)}), "
             "which can run code when they are read",
-            mend="convert the model to safetensors, or pass --allow-pickle to have it done in a separate process",
+            mend="convert the model to safetensors, or quantize it with --allow-pickle, which does so in a separate process",
         )
     return pickles

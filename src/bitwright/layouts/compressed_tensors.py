@@ -27,8 +27,9 @@ import torch
 
 from bitwright.core.bits import pack_words, packed_words, unpack_words
 from bitwright.core.layout import ENGINES, Layout, Read, check_stored, majority, transposed
+from bitwright.core.quantized import QuantizedTensor
 from bitwright.core.scheme import Limits, Scheme
-from bitwright.core.tensor import QuantizedTensor, TensorSpec
+from bitwright.core.tensor import TensorSpec
 from bitwright.errors import InputError
 from bitwright.layouts._names import unique
 from bitwright.schemes.affine import Affine
@@ -171,7 +172,9 @@ class CompressedTensors(Layout):
             return dict.fromkeys(ENGINES, "not a pack-quantized scheme")
         result: dict[str, str | None] = dict.fromkeys(ENGINES)
         group = scheme.group_size if scheme.granularity == "group" else -1
-        if group not in VLLM_GROUPS:
+        if scheme.bits not in (4, 8):
+            result["vllm"] = f"its pack-quantized kernels take 4 and 8 bits, not {scheme.bits}"
+        elif group not in VLLM_GROUPS:
             result["vllm"] = f"vLLM's kernels take group size 32, 64, 128 or per channel, not {group}"
         if model_type == "gpt2":
             result["transformers"] = "its Conv1D layers are not nn.Linear, which compressed-tensors replaces"

@@ -28,8 +28,9 @@ import torch
 
 from bitwright.core.bits import pack_words, unpack_words
 from bitwright.core.layout import ENGINES, Layout, Read, check_stored, majority, transposed
+from bitwright.core.quantized import QuantizedTensor
 from bitwright.core.scheme import Limits, Scheme
-from bitwright.core.tensor import QuantizedTensor, TensorSpec, dtype_name
+from bitwright.core.tensor import TensorSpec, dtype_name
 from bitwright.errors import InputError
 from bitwright.layouts._names import experts, place, regexes, unique
 from bitwright.schemes.affine import Affine

@@ -21,8 +21,9 @@ import torch
 
 from bitwright.core.bits import pack_words, packed_words, unpack_words
 from bitwright.core.layout import ENGINES, Layout, Read, check_stored
+from bitwright.core.quantized import QuantizedTensor
 from bitwright.core.scheme import Limits, Scheme
-from bitwright.core.tensor import QuantizedTensor, TensorSpec
+from bitwright.core.tensor import TensorSpec
 from bitwright.errors import BitwrightError, InputError
 
 __all__ = ["LAYOUT", "Native"]

@@ -30,9 +30,9 @@ import torch
 
 from bitwright.core.linalg import one_thread, upper_factor
 from bitwright.core.method import Context, Method, Outcome, Stats, relative_loss
+from bitwright.core.quantized import QuantizedTensor
 from bitwright.core.scheme import Params, Scheme
 from bitwright.core.stats import CrossGram, Gram
-from bitwright.core.tensor import QuantizedTensor
 from bitwright.errors import InputError, NumericError
 
 __all__ = ["METHOD", "Gptq"]
@@ -182,7 +182,8 @@ class Gptq(Method):
             return tile.T.contiguous()
         pushed = factor[:start, start:stop].T @ errors[:start]
         inside = factor[start:stop, start:stop].T
-        moved: torch.Tensor = torch.linalg.solve_triangular(inside, pushed, upper=False, unitriangular=True)
+        with one_thread():
+            moved: torch.Tensor = torch.linalg.solve_triangular(inside, pushed, upper=False, unitriangular=True)
         return (tile + moved).T.contiguous()
 
 

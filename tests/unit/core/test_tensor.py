@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from bitwright.core.tensor import DTYPES, QuantizedTensor, TensorSpec, dtype_name, parse_dtype
+from bitwright.core.quantized import QuantizedTensor
+from bitwright.core.tensor import DTYPES, TensorSpec, dtype_name, parse_dtype
 from bitwright.errors import InputError
 from bitwright.schemes.affine import Affine
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from bitwright.core.quantized import QuantizedTensor
 from bitwright.core.scheme import Limits
-from bitwright.core.tensor import QuantizedTensor, TensorSpec
+from bitwright.core.tensor import TensorSpec
 from bitwright.errors import InputError, PlanError
 from bitwright.layouts.gptq import Gptq
 from bitwright.schemes.affine import Affine

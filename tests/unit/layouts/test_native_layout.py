@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitwright.core.tensor import QuantizedTensor, TensorSpec
+from bitwright.core.quantized import QuantizedTensor
+from bitwright.core.tensor import TensorSpec
 from bitwright.errors import InputError
 from bitwright.layouts.native import Native
 from bitwright.schemes.affine import Affine

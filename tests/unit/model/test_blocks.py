@@ -5,8 +5,9 @@ import torch
 from tests.zoo import ZOO, make
 
 from bitwright.io.safetensors_dir import SafetensorsDir
-from bitwright.model.blocks import BlockRunner, InputObserver
+from bitwright.model.blocks import BlockRunner
 from bitwright.model.names import map_names
+from bitwright.model.observe import InputObserver
 from bitwright.model.skeleton import build_skeleton
 from bitwright.model.structure import structure_from_headers, structure_from_skeleton
 

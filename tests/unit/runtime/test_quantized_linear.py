@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitwright.core.tensor import QuantizedTensor
+from bitwright.core.quantized import QuantizedTensor
 from bitwright.errors import InputError
 from bitwright.runtime.linear import QuantizedLinear
 from bitwright.schemes.affine import Affine
@@ -98,10 +98,11 @@ def test_int4_weights_of_many_columns_come_back_whole():
     assert torch.equal(layer.decoded(), q.decode())
 
 
-def test_auto_takes_a_packed_product_only_where_it_means_the_same():
+def test_auto_takes_a_packed_product_only_where_it_is_fast_and_means_the_same():
     for dtype, torch_dtype in DTYPES.items():
         for scheme in [*INT4, *INT8, *PLAIN]:
             packed = {**dict.fromkeys(INT4, "int4"), **dict.fromkeys(INT8, "int8")}.get(scheme, "reference")
+            packed = packed if torch_dtype == torch.bfloat16 else "reference"  # the others' products are slow
             assert QuantizedLinear(quantized(scheme, dtype), None, dtype=torch_dtype).kernel == packed
     q = quantized(INT4[0], "float16")
     assert QuantizedLinear(q, None, dtype=torch.bfloat16).kernel == "reference"  # scales would be rounded
