@@ -69,7 +69,8 @@ def test_float32_output_is_the_product_with_the_decoded_weight(scheme, kernel):
 def test_packed_products_are_as_exact_as_their_dtype(scheme, dtype):
     q, x = quantized(scheme, dtype), x_of(9, 256, dtype=DTYPES[dtype])
     layer = QuantizedLinear(q, None, dtype=DTYPES[dtype])
-    assert layer.kernel == ("int4" if scheme.bits == 4 else "int8")
+    fast = "int4" if scheme.bits == 4 else "int8"
+    assert layer.kernel == (fast if dtype == "bfloat16" else "reference")
     wanted = x.double() @ decoded64(q).T
     found = layer(x)
     assert found.dtype == DTYPES[dtype]
