@@ -85,7 +85,7 @@ def _plain_peak(plan: Plan) -> float:
     """Without data: the largest weight's piece, its codes and their packed form while pieces are joined, kept tensors piece by piece."""
     largest = max((_elements(entry) for entry in plan.quantized), default=0)
     kept = max((min(entry.spec.nbytes, 2 * CHUNK_ELEMENTS) for entry in plan.entries), default=0)
-    joined = 3 * largest if largest > CHUNK_ELEMENTS else 0
+    joined = 4 * largest if largest > CHUNK_ELEMENTS else 0
     return _BASE + max(_PIECE_BYTES * min(largest, CHUNK_ELEMENTS) + joined, kept)
 
 
