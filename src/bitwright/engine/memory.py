@@ -49,7 +49,7 @@ class Forecast:
 
 
 def forecast(plan: Plan, max_memory_bytes: int | None = None) -> Forecast:
-    """What a run of this plan will take; within 10 % of the measured peaks (docs/benchmarks.md)."""
+    """What a run of this plan will take; docs/benchmarks.md compares it with measured peaks."""
     budget = Budget.of(plan, max_memory_bytes, None)
     peak = _calibrated_peak(plan, budget) if plan.needs_calibration else _plain_peak(plan)
     return Forecast(peak_bytes=int(peak), disk_bytes=budget.disk_bytes)
