@@ -1,8 +1,8 @@
 """bitwright: a trained model in, the same model in fewer bits out.
 
 >>> import bitwright
->>> bitwright.Recipe(bits=3).group_size
-128
+>>> bitwright.Recipe(bits=3).layout
+'compressed-tensors'
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bitwright.api import Evaluation, evaluate, load, quantize
+    from bitwright.api import Evaluation, analyze, convert, evaluate, load, quantize
+    from bitwright.engine.convert import Conversion
     from bitwright.engine.recipe import Recipe
     from bitwright.engine.run import Result
+    from bitwright.evaluation.outliers import OutlierReport
 
+from bitwright import _autoload
 from bitwright.errors import (
     BitwrightError,
     HubError,
@@ -28,10 +31,12 @@ from bitwright.errors import (
 
 __all__ = [
     "BitwrightError",
+    "Conversion",
     "Evaluation",
     "HubError",
     "InputError",
     "NumericError",
+    "OutlierReport",
     "PlanError",
     "Recipe",
     "ResourceError",
@@ -39,17 +44,23 @@ __all__ = [
     "ResumeError",
     "Stopped",
     "VerifyError",
+    "analyze",
+    "convert",
     "evaluate",
     "load",
     "quantize",
 ]
 
 _LAZY = {
+    "Conversion": "bitwright.engine.convert",
     "Evaluation": "bitwright.api",
+    "analyze": "bitwright.api",
+    "convert": "bitwright.api",
     "evaluate": "bitwright.api",
     "load": "bitwright.api",
     "quantize": "bitwright.api",
     "Recipe": "bitwright.engine.recipe",
+    "OutlierReport": "bitwright.evaluation.outliers",
     "Result": "bitwright.engine.run",
 }
 
@@ -61,3 +72,6 @@ def __getattr__(name: str) -> Any:
 
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'bitwright' has no attribute '{name}'")
+
+
+_autoload.install()

@@ -26,6 +26,23 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"bits": 8, "granularity": "channel", "symmetric_range": "narrow"},
         {"bits": 4, "granularity": "tensor", "scale_dtype": "bfloat16"},
     ],
+    "float8": [
+        {"granularity": "tensor"},
+        {"element": "e5m2", "scale_dtype": "bfloat16"},
+        {"granularity": "block"},
+        {"granularity": "block", "block": (20, 64)},
+    ],
+    "codebook": [
+        {"book": "nf4"},
+        {"book": "fp4", "block_size": 128, "double_quant": True},
+        {"book": "nf4", "block_size": 4096},
+        {"book": "kmeans", "bits": 3},
+        {"book": "custom", "bits": 2, "table": [-1.0, -0.25, 0.3]},
+    ],
+    "bilevel": [{"outliers": 0.0}, {"outliers": 0.5, "group_size": 32}, {"outliers": 0.0, "bits": 2, "zero_bits": 0}],
+    "ternary": [{}, {"granularity": "tensor"}],
+    "binary": [{}, {"granularity": "channel"}],
+    "microscaling": [{"element": "mxfp4"}, {"element": "mxfp8"}, {"element": "nvfp4"}],
 }
 
 
@@ -63,10 +80,12 @@ def stats() -> dict[str, Any]:
     """Everything that a method may ask for."""
     x = activations()
     gram, drift, residual = Gram(COLUMNS), CrossGram(COLUMNS), CrossGram(COLUMNS, rows=ROWS)
+    heldout = Gram(COLUMNS)
     gram.update(x)
+    heldout.update(activations(seed=0)[::8])
     drift.update_pair(x * 1.01, x)
     residual.update_against(torch.ones(len(x), ROWS), torch.zeros(len(x), ROWS), x)
-    return {"gram": gram, "drift": drift, "residual_drift": residual}
+    return {"gram": gram, "drift": drift, "residual_drift": residual, "gram_heldout": heldout}
 
 
 def context_of(scheme: Scheme, w: torch.Tensor) -> Context:
@@ -79,6 +98,15 @@ def loss(w: torch.Tensor, tensor: QuantizedTensor, gram: Gram) -> float:
     return float((e @ gram.matrix.double() * e).sum())
 
 
+def serving(name: str, scheme: Scheme) -> Any:
+    """The method with its defaults; skips where it says that it does not serve the scheme."""
+    method = catalog.load("methods", name)()
+    reason = method.accepts(scheme)
+    if reason is not None:
+        pytest.skip(reason)
+    return method
+
+
 methods = pytest.mark.parametrize("name", catalog.names("methods"))
 all_schemes = pytest.mark.parametrize("scheme", schemes(), ids=lambda s: f"{s.kind}-{s.describe()}")
 
@@ -86,7 +114,7 @@ all_schemes = pytest.mark.parametrize("scheme", schemes(), ids=lambda s: f"{s.ki
 @methods
 @all_schemes
 def test_inputs_are_untouched_and_results_repeat_bit_for_bit(name, scheme, stats):
-    w, method = weight(), catalog.load("methods", name)()
+    w, method = weight(), serving(name, scheme)
     before = [w.clone(), *(s.matrix.clone() for s in stats.values())]
     first = method.quantize(w, stats, scheme, context_of(scheme, w))
     second = method.quantize(w, stats, scheme, context_of(scheme, w))
@@ -98,7 +126,7 @@ def test_inputs_are_untouched_and_results_repeat_bit_for_bit(name, scheme, stats
 @methods
 @all_schemes
 def test_output_obeys_the_scheme(name, scheme, stats):
-    w, method = weight(), catalog.load("methods", name)()
+    w, method = weight(), serving(name, scheme)
     tensor = method.quantize(w, stats, scheme, context_of(scheme, w)).tensor
     assert tensor.scheme == scheme
     assert tensor.shape == (ROWS, COLUMNS)
@@ -115,7 +143,7 @@ def test_output_obeys_the_scheme(name, scheme, stats):
 def test_loses_no_more_than_rounding_when_inputs_correlate(name, scheme, stats):
     w, gram = weight(), stats["gram"]
     context = context_of(scheme, w)
-    tensor = catalog.load("methods", name)().quantize(w, {"gram": gram}, scheme, context).tensor
+    tensor = serving(name, scheme).quantize(w, {"gram": gram}, scheme, context).tensor
     rounded = catalog.load("methods", "rtn")().quantize(w, {}, scheme, context).tensor
     # A hundredth: methods that look at E[x²] alone do not see the correlations that this loss counts.
     assert loss(w, tensor, gram) <= 1.01 * loss(w, rounded, gram)
@@ -124,11 +152,10 @@ def test_loses_no_more_than_rounding_when_inputs_correlate(name, scheme, stats):
 @methods
 @all_schemes
 def test_works_without_any_calibration(name, scheme):
-    w = weight()
-    outcome = catalog.load("methods", name)().quantize(w, {}, scheme, context_of(scheme, w))
+    w, method = weight(), serving(name, scheme)
+    outcome = method.quantize(w, {}, scheme, context_of(scheme, w))
     assert torch.isfinite(outcome.tensor.decode()).all()
     assert outcome.loss is None
-    method = catalog.load("methods", name)()
     if method.needs and name == "gptq":
         assert outcome.fallback is not None
 
@@ -136,8 +163,7 @@ def test_works_without_any_calibration(name, scheme):
 @methods
 @all_schemes
 def test_a_weight_of_zeros_decodes_to_zeros(name, scheme, stats):
-    w = torch.zeros(ROWS, COLUMNS)
-    method = catalog.load("methods", name)()
+    w, method = torch.zeros(ROWS, COLUMNS), serving(name, scheme)
     decoded = method.quantize(w, {"gram": stats["gram"]}, scheme, context_of(scheme, w)).tensor.decode()
     assert decoded.abs().max() < 1e-6
 
@@ -149,4 +175,4 @@ def test_options_are_frozen_and_have_defaults(name):
     assert method == catalog.load("methods", name)()
     with pytest.raises((AttributeError, TypeError)):
         method.name = "other"
-    assert method.needs <= {"gram", "drift"}
+    assert method.needs <= {"gram", "drift", "gram_heldout"}

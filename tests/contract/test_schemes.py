@@ -27,11 +27,45 @@ OPTIONS = {
         {"scale_dtype": "float32", "group_size": 256},
         {"symmetric": False, "zero_min": 1},
     ],
+    "float8": [
+        {"element": element, **where}
+        for element in ("e4m3", "e5m2")
+        for where in (
+            {"granularity": "tensor"},
+            {"granularity": "channel"},
+            {"granularity": "channel", "scale_dtype": "bfloat16"},
+            {"granularity": "tensor", "scale_dtype": "float16"},
+            {"granularity": "block"},
+            {"granularity": "block", "block": (48, 96)},
+        )
+    ]
+    + [{"inputs": {"number": "float"}}],
+    "codebook": [
+        {"book": book, "block_size": block, "double_quant": double}
+        for book in ("nf4", "fp4", "kmeans")
+        for block in (32, 64, 1024)  # the last spans two rows
+        for double in (False, True)
+    ]
+    + [
+        {"book": "kmeans", "bits": 2},
+        {"book": "kmeans", "bits": 8, "block_size": 4096},
+        {"book": "custom", "bits": 2, "table": [-1.0, -0.25, 0.3]},
+    ],
+    "bilevel": [
+        {"outliers": 0.0},
+        {"outliers": 0.0, "bits": 2, "group_size": 32, "super_group": 24, "zero_bits": 0},
+        {"outliers": 0.0, "bits": 4, "group_size": 64, "scale_bits": 6, "zero_bits": 4, "super_group": 1},
+    ],
+    "ternary": [{}, {"granularity": "channel"}, {"granularity": "tensor", "scale_dtype": "float32"}],
+    "binary": [{}, {"granularity": "channel"}, {"granularity": "tensor", "scale_dtype": "float32"}],
+    "microscaling": [{"element": element} for element in ("mxfp4", "mxfp8", "nvfp4")],
 }
 
 
 def instances() -> list[Scheme]:
-    return [catalog.load("schemes", name)(**o) for name in catalog.names("schemes") for o in OPTIONS.get(name, [{}])]
+    return [
+        catalog.load_scheme({"kind": name, **o}) for name in catalog.names("schemes") for o in OPTIONS.get(name, [{}])
+    ]
 
 
 def weight(kind: str, shape=SHAPE) -> torch.Tensor:
@@ -77,7 +111,9 @@ def test_parameters_and_codes_obey_the_announced_sizes(scheme):
 def test_reencoding_decoded_values_is_stable(scheme):
     for kind in ("normal", "outlier", "mixed"):
         q = quantized(scheme, weight(kind))
-        assert torch.equal(scheme.encode(q.decode(), q.params), q.codes), kind
+        codes = scheme.encode(q.decode(), q.params)
+        # Codes may differ where two of them stand for one value (FP4 has two zeros).
+        assert torch.equal(codes, q.codes) or torch.equal(scheme.decode(codes, q.params), q.decode()), kind
 
 
 @schemes
@@ -111,9 +147,10 @@ def test_columns_equal_slicing(scheme):
     q = quantized(scheme, w)
     span = scheme.span(SHAPE[1])
     for start in range(0, SHAPE[1], span):
-        part = scheme.columns(q.params, start, start + span, SHAPE)
-        codes = q.codes[:, start // scheme.vector : (start + span) // scheme.vector]
-        assert torch.equal(scheme.decode(codes.contiguous(), part), q.decode()[:, start : start + span])
+        stop = min(start + span, SHAPE[1])
+        part = scheme.columns(q.params, start, stop, SHAPE)
+        codes = q.codes[:, start // scheme.vector : stop // scheme.vector]
+        assert torch.equal(scheme.decode(codes.contiguous(), part), q.decode()[:, start:stop])
     if 1 < span < SHAPE[1]:
         with pytest.raises(InputError, match="tile"):
             scheme.columns(q.params, 1, span, SHAPE)
@@ -129,7 +166,12 @@ def test_the_codec_says_what_decode_does(scheme):
         assert codec.low <= int(q.codes.min())
         assert int(q.codes.max()) <= codec.high
     else:
-        values = codec.table[q.codes.long()] * scale
+        # Not every code need be in the table (float formats have two zeros), so codes are drawn from it.
+        index = torch.randint(len(codec.table), SHAPE, generator=torch.Generator().manual_seed(3))
+        codes = index if codec.codes is None else codec.codes[index]
+        q = QuantizedTensor(scheme, SHAPE, codes.to(torch.uint8), q.params)
+        values = codec.table[index] * scale
+        assert bool((codec.table.diff() > 0).all())
     torch.testing.assert_close(values, q.decode(), rtol=1e-6, atol=0)
 
 

@@ -482,7 +482,7 @@ def test_unusable_calibration_text_is_refused_before_the_model_is_loaded(
     def never(*_):
         raise AssertionError("the model was built")
 
-    monkeypatch.setattr("bitwright.engine.run.make_plan", never)
+    monkeypatch.setattr("bitwright.engine.run.plan_rewritten", never)
     (tmp_path / "calibration.txt").write_bytes(content)
     refused(2, llama, *FAST, "--calibration", tmp_path / "calibration.txt", words=["calibration.txt", words])
 

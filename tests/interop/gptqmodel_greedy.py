@@ -19,7 +19,10 @@ from safetensors.torch import save_file
 
 def dequantized(module: Any) -> torch.Tensor:
     """Ŵ ``[out, in]`` as the module decodes it for its product."""
-    weight: torch.Tensor = module.dequantize_weight()
+    if hasattr(module, "dequantize_weight"):
+        weight: torch.Tensor = module.dequantize_weight()
+    else:  # AwqTorchLinear
+        weight = module._dequantize_weight_for_inference(module.scales, dtype=module.scales.dtype)
     return weight.reshape(module.in_features, module.out_features).T.contiguous()
 
 
@@ -46,7 +49,7 @@ def examine(arguments: argparse.Namespace, folder: Path, prompts: torch.Tensor) 
         )
     except Exception as error:
         return {"refused": f"{type(error).__name__}: {error}"}
-    modules = {name: module for name, module in loaded.model.named_modules() if hasattr(module, "dequantize_weight")}
+    modules = {name: module for name, module in loaded.model.named_modules() if hasattr(module, "qweight")}
     tensors = {f"weight:{name}": dequantized(module) for name, module in modules.items()}
     tokens, tensors["logits"] = greedy(loaded.model, prompts, arguments.tokens)
     save_file(tensors, arguments.tensors / f"{folder.name}.safetensors")

@@ -1,5 +1,6 @@
-"""Quantize a model with GPTQModel's GPTQ: 4 bits, symmetric, groups of 128. Runs in GPTQModel's environment.
+"""Quantize a model with GPTQModel: 4 bits, symmetric, groups of 128, method GPTQ. Runs in GPTQModel's environment.
 
+--awq: method AWQ in its GEMM form.
 --act-order: columns are visited by falling Hessian diagonal and grouped in that order, so that ``g_idx`` is arbitrary (desc_act).
 """
 
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--act-order", action="store_true")
+    parser.add_argument("--awq", action="store_true")
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
 
@@ -34,7 +36,7 @@ def main() -> None:
         group_size=128,
         sym=not arguments.asymmetric,
         desc_act=arguments.act_order,
-        act_group_aware=not arguments.act_order,
+        **({"method": "awq", "format": "gemm"} if arguments.awq else {"act_group_aware": not arguments.act_order}),
     )
     windows = json.loads(arguments.prompts.read_text(encoding="utf-8"))
     model = GPTQModel.load(str(arguments.model), config, device="cpu")

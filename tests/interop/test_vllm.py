@@ -11,8 +11,14 @@ LOADS = {
     "ct-rtn-4": {"bits": 4},
     "ct-gptq-4": {"bits": 4, "method": "gptq"},
     "ct-4-asymmetric": {"bits": 4, "symmetric": False},
+    "ct-w8a8-token": {"bits": 8, "group_size": "channel", "inputs": "int8-token"},
     "gptq-4": {"bits": 4, **GPTQ},
     "gptq_v2-4": {"bits": 4, **GPTQ_V2},
+}
+#: Under one static scale a step of the inputs is coarse, so that an input that falls on the other side of a tie moves logits further.
+STATIC = {
+    "ct-w8a8-static": {"bits": 8, "group_size": "channel", "inputs": "int8-tensor-static"},
+    "ct-w8a8-static-asym": {"bits": 8, "group_size": "channel", "inputs": "int8-tensor-static-asym"},
 }
 REFUSED = {
     "ct-rtn-2": ({"bits": 2}, "not supported by CPUWNA16"),
@@ -45,6 +51,18 @@ def test_greedy_tokens_are_those_of_bitwright(name, checkpoint, prompts, prompts
     result = agreement(folder, prompts, found["tokens"], torch.bfloat16)
     report(f"{result} (vllm {found['vllm']})")
     assert result.different == 0
+    assert result.compared > result.positions / 2
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_static_inputs_give_nearly_the_tokens_of_bitwright(name, checkpoint, prompts, prompts_file, report):
+    folder = checkpoint(name, **STATIC[name])
+    found = generate(folder, prompts_file)
+    assert "refused" not in found, found["refused"]
+    result = agreement(folder, prompts, found["tokens"], torch.bfloat16)
+    report(f"{result} (vllm {found['vllm']})")
+    assert result.different <= result.compared / 200
+    assert result.worst < 0.5
     assert result.compared > result.positions / 2
 
 

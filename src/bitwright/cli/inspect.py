@@ -50,7 +50,7 @@ def _look(path: Path) -> dict[str, Any]:
         if isinstance(opened, DecodedSource) and module in opened.modules and name.endswith(".weight"):
             scheme, shape = opened.modules[module]
             size = sum(part.nbytes for part in opened.layout.tensors(module, scheme, shape))
-            line |= {"scheme": scheme.describe(), "stored_bytes": size, "bits_per_weight": 8 * size / count}
+            line |= {"scheme": scheme.describe_all(), "stored_bytes": size, "bits_per_weight": 8 * size / count}
         else:
             line |= {"scheme": str(spec.dtype).removeprefix("torch."), "stored_bytes": spec.nbytes}
             line["bits_per_weight"] = 8 * spec.dtype.itemsize

@@ -19,6 +19,8 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "plan": "What would become of every tensor: exact bytes, memory, who loads it. Reads no weights.",
     "quantize": "Quantize a checkpoint folder.",
+    "convert": "Carry a quantized checkpoint into another layout without quantizing it anew, or decode it.",
+    "analyze": "Outliers among the inputs of every layer, and what they mean for 8-bit inputs.",
     "eval": "Perplexity, and KL divergence against the original.",
     "inspect": "What is in a checkpoint: tensors, schemes, bits per weight, recipe.",
     "demo": "Quantize the embedded model three ways and show the quality table.",

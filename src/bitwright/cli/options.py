@@ -14,31 +14,65 @@ if TYPE_CHECKING:
     from bitwright.engine.recipe import Recipe
 
 __all__ = [
-    "AllowPickle", "Bits", "CalibrationFile", "ChatTemplate", "Field", "GroupSize", "Keep", "Layout", "LayoutOption", "Length",
-    "MaxMemory", "Method", "MethodOption", "Model", "Packing", "RecipeFile", "Samples", "Seed", "Symmetric", "Target",
-    "build_recipe", "parse_bytes",
+    "AllowPickle", "Bits", "CalibrationFile", "ChatTemplate", "Field", "GroupSize", "Inputs", "Keep", "KvCache", "Layout", "LayoutOption",
+    "Length", "MaxMemory", "Method", "MethodOption", "Model", "Packing", "RecipeFile", "Samples", "Scheme", "SchemeOption", "Seed",
+    "Symmetric", "Target", "Transform", "build_recipe", "parse_bytes",
 ]  # fmt: skip
 
+
+def listed(kind: str) -> str:
+    """Names of plugins for a help text; lists a folder and imports nothing."""
+    from bitwright import catalog
+
+    return ", ".join(catalog.names(kind))
+
+
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, or org/name on the hub.", show_default=False)]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file; flags come on top of it.")]
-Method = Annotated[str | None, typer.Option("--method", help="rtn, search or gptq.  [default: gptq]")]
+RecipeFile = Annotated[
+    str | None,
+    typer.Option("--recipe", help=f"YAML file, or one of: {listed('presets')}. Flags come on top of it."),
+]
+Method = Annotated[str | None, typer.Option("--method", help=f"{listed('methods')}.  [default: gptq]")]
 MethodOption = Annotated[
     list[str] | None, typer.Option("--method-option", metavar="NAME=VALUE", help="Option of the method; repeatable.")
 ]
-Bits = Annotated[int | None, typer.Option("--bits", help="2, 3, 4, 5, 6 or 8.  [default: 4]")]
+Scheme = Annotated[
+    str | None, typer.Option("--scheme", help=f"Which numbers exist: {listed('schemes')}.  [default: affine]")
+]
+SchemeOption = Annotated[
+    list[str] | None, typer.Option("--scheme-option", metavar="NAME=VALUE", help="Option of the scheme; repeatable.")
+]
+Transform = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--transform",
+        metavar="NAME[:OPTION=VALUE,...]",
+        help=f"Rewrite that comes first: {listed('transforms')}; repeatable.",
+    ),
+]
+Inputs = Annotated[
+    str | None,
+    typer.Option(
+        "--inputs",
+        help="Quantize layer inputs: int8-token, int8-tensor-static, fp8-token, fp8-tensor-static ...  [default: they stay as they are]",
+    ),
+]
+KvCache = Annotated[
+    str | None, typer.Option("--kv-cache", help="Store scales of the KV cache: fp8 or int8.  [default: none]")
+]
+Bits = Annotated[int | None, typer.Option("--bits", help="Bits of the codes; affine: 2 to 6 or 8.  [default: 4]")]
 GroupSize = Annotated[
     str | None,
     typer.Option(
-        "--group-size", help="Columns that share a scale: a number, channel (or -1), or tensor.  [default: 128]"
+        "--group-size",
+        help="Columns that share a scale: a number, channel (or -1), tensor, or block (float8).  [default: 128]",
     ),
 ]
 Symmetric = Annotated[
     bool | None,
     typer.Option("--symmetric/--asymmetric", help="Zero point in the middle, or fitted.  [default: symmetric]"),
 ]
-Layout = Annotated[
-    str | None, typer.Option("--layout", help="compressed-tensors, gptq or native.  [default: compressed-tensors]")
-]
+Layout = Annotated[str | None, typer.Option("--layout", help=f"{listed('layouts')}.  [default: compressed-tensors]")]
 LayoutOption = Annotated[
     list[str] | None, typer.Option("--layout-option", metavar="NAME=VALUE", help="Option of the layout; repeatable.")
 ]
@@ -128,25 +162,33 @@ def _pairs(items: list[str] | None, flag: str) -> dict[str, Any]:
     return result
 
 
+def _transform(text: str) -> dict[str, Any]:
+    """``smoothquant:alpha=0.8`` as a recipe's choice."""
+    name, _, rest = text.partition(":")
+    return {"name": name, "options": _pairs(rest.split(",") if rest else None, "--transform")}
+
+
 def build_recipe(
-    recipe: Path | None, *, method: str | None = None, method_option: list[str] | None = None, bits: int | None = None,
+    recipe: str | Path | None, *, method: str | None = None, method_option: list[str] | None = None, bits: int | None = None,
     group_size: str | None = None, symmetric: bool | None = None, layout: str | None = None,
     layout_option: list[str] | None = None, keep: list[str] | None = None, head: bool | None = None,
     embeddings: bool | None = None, strict: bool | None = None, calibration: str | None = None, field: str | None = None,
     samples: int | None = None, length: int | None = None, packing: str | None = None, chat_template: bool | None = None,
-    seed: int | None = None,
+    seed: int | None = None, scheme: str | None = None, scheme_option: list[str] | None = None, transform: list[str] | None = None,
+    inputs: str | None = None, kv_cache: str | None = None,
 ) -> Recipe:  # fmt: skip
-    """The recipe that a file and flags describe together; flags that were not given change nothing."""
+    """The recipe that a file or preset and flags describe together; flags that were not given change nothing."""
     from bitwright.engine.recipe import load_recipe, make_recipe
 
     changes: dict[str, Any] = {
         "method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "layout": layout, "head": head,
-        "embeddings": embeddings, "strict": strict, "seed": seed,
+        "embeddings": embeddings, "strict": strict, "seed": seed, "scheme": scheme, "inputs": inputs, "kv_cache": kv_cache,
     }  # fmt: skip
     changes = {name: value for name, value in changes.items() if value is not None}
     for name, items in (
         ("method_options", _pairs(method_option, "--method-option")),
         ("layout_options", _pairs(layout_option, "--layout-option")),
+        ("scheme_options", _pairs(scheme_option, "--scheme-option")),
     ):
         if items:
             changes[name] = items
@@ -161,6 +203,8 @@ def build_recipe(
     text = {name: value for name, value in text.items() if value is not None}
     if text:
         changes["calibration"] = text
+    if transform:
+        changes["transforms"] = [_transform(item) for item in transform]
     if keep:
         changes["overrides"] = [{"pattern": pattern, "keep": True} for pattern in keep]
     return load_recipe(recipe, changes) if recipe is not None else make_recipe(changes)

@@ -20,6 +20,11 @@ def plan(
     recipe: o.RecipeFile = None,
     method: o.Method = None,
     method_option: o.MethodOption = None,
+    scheme: o.Scheme = None,
+    scheme_option: o.SchemeOption = None,
+    transform: o.Transform = None,
+    inputs: o.Inputs = None,
+    kv_cache: o.KvCache = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
     symmetric: o.Symmetric = None,
@@ -30,8 +35,10 @@ def plan(
     embeddings: Annotated[
         bool | None, typer.Option("--embeddings/--no-embeddings", help="Quantize the embeddings too.")
     ] = None,
+    calibration: o.CalibrationFile = None,
     samples: o.Samples = None,
     length: o.Length = None,
+    seed: o.Seed = None,
     target: o.Target = None,
     max_memory: o.MaxMemory = None,
     all_tensors: Annotated[bool, typer.Option("--all", help="List every tensor, not one block of each kind.")] = False,
@@ -41,14 +48,16 @@ def plan(
     made = o.build_recipe(
         recipe, method=method, method_option=method_option, bits=bits, group_size=group_size, symmetric=symmetric, layout=layout,
         layout_option=layout_option, keep=keep, head=head, embeddings=embeddings, samples=samples, length=length,
+        scheme=scheme, scheme_option=scheme_option, transform=transform, inputs=inputs, kv_cache=kv_cache, calibration=calibration,
+        seed=seed,
     )  # fmt: skip
     from bitwright.engine.memory import forecast
-    from bitwright.engine.plan import make_plan
+    from bitwright.engine.modelwide import plan_rewritten
     from bitwright.engine.run import open_source
     from bitwright.io.hub import resolve_model
 
     with open_source(resolve_model(model)) as source:
-        found = make_plan(made, source, target=target)
+        found, _ = plan_rewritten(made, source, target=target)
     expected = forecast(found, o.parse_bytes(max_memory) if max_memory else None)
     if not as_json:
         from bitwright.cli.tables import show_plan
@@ -73,7 +82,7 @@ def plan(
                         "shape": list(e.spec.shape),
                         "bytes": e.spec.nbytes,
                         "stored_bytes": e.stored_bytes,
-                        "scheme": e.scheme.describe() if e.scheme else None,
+                        "scheme": e.scheme.describe_all() if e.scheme else None,
                         "method": e.method.name if e.method else None,
                         "reason": e.reason,
                     }

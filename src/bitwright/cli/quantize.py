@@ -23,6 +23,11 @@ def quantize(
     recipe: o.RecipeFile = None,
     method: o.Method = None,
     method_option: o.MethodOption = None,
+    scheme: o.Scheme = None,
+    scheme_option: o.SchemeOption = None,
+    transform: o.Transform = None,
+    inputs: o.Inputs = None,
+    kv_cache: o.KvCache = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
     symmetric: o.Symmetric = None,
@@ -57,6 +62,7 @@ def quantize(
         recipe, method=method, method_option=method_option, bits=bits, group_size=group_size, symmetric=symmetric, layout=layout,
         layout_option=layout_option, keep=keep, head=head, embeddings=embeddings, strict=strict, calibration=calibration,
         field=calibration_field, samples=samples, length=length, packing=packing, chat_template=chat_template, seed=seed,
+        scheme=scheme, scheme_option=scheme_option, transform=transform, inputs=inputs, kv_cache=kv_cache,
     )  # fmt: skip
     from bitwright.api import quantize as run
     from bitwright.cli.progress import ConsoleProgress

@@ -76,9 +76,9 @@ def show_plan(plan: Plan, forecast: Forecast, *, all_tensors: bool) -> None:
     for name, indices in groups:
         entries = [plan.entries[i] for i in indices]
         first = entries[0]
-        kinds = {(e.action, e.scheme.describe() if e.scheme else e.reason) for e in entries}
+        kinds = {(e.action, e.scheme.describe_all() if e.scheme else e.reason) for e in entries}
         what = first.action if len(kinds) == 1 else "mixed (see --all)"
-        detail = (first.scheme.describe() if first.scheme else first.reason) if len(kinds) == 1 else ""
+        detail = (first.scheme.describe_all() if first.scheme else first.reason) if len(kinds) == 1 else ""
         shape = "x".join(str(d) for d in first.spec.shape)
         before, after = sum(e.spec.nbytes for e in entries), sum(e.stored_bytes for e in entries)
         rows.append((name, str(len(entries)), shape, what, detail, size(before), size(after)))

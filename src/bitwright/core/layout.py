@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from bitwright.core.inputs import InputScheme
 from bitwright.core.quantized import QuantizedTensor
 from bitwright.core.scheme import Limits, Scheme
 from bitwright.core.tensor import TensorSpec
@@ -76,7 +77,8 @@ class Layout(ABC):
         """The ``quantization_config`` of ``config.json``.
 
         entries: module name -> scheme, of every quantized linear; kept: full names of the linears left in high
-        precision, the output head included; meta: options of the method, for keys that only inform.
+        precision, the output head included; meta: options of the method, for keys that only inform, and ``kv_cache``: the InputScheme
+        of the KV cache where its scales are stored.
         """
 
     @abstractmethod
@@ -99,6 +101,16 @@ class Layout(ABC):
         del config
         return {}
 
+    def accepts_kv_cache(self, scheme: InputScheme) -> str | None:
+        """None where it can store the scales of a KV cache in this scheme, else the reason why not."""
+        del scheme
+        return "it has no place for KV-cache scales"
+
+    def kv_cache_tensors(self, attention: str, scheme: InputScheme) -> tuple[TensorSpec, ...]:
+        """The stored scales of attention module ``attention``: two float32 ``(1,)``, of the keys and of the values."""
+        del scheme
+        return tuple(TensorSpec(f"{attention}.{part}_scale", (1,), torch.float32) for part in ("k", "v"))
+
     @abstractmethod
     def loads_in(self, scheme: Scheme, model_type: str) -> dict[str, str | None]:
         """Engine -> None where a checkpoint of this scheme loads there, else why not, or on which condition."""
@@ -115,10 +127,16 @@ class Layout(ABC):
     def _refuse(self, q: QuantizedTensor) -> None:
         """PlanError where ``q`` cannot be stored."""
         reason = self.accepts(q.scheme, q.shape)
-        if reason is None and q.outliers is not None:
+        if reason is None and q.outliers is not None and not self._holds_outliers(q):
             reason = "it has no place for outliers"
+        if reason is None and q.scheme.inputs is not None and len(q.inputs) != len(q.scheme.inputs.param_spec()):
+            reason = "the ranges of its inputs were not measured"
         if reason is not None:
             raise PlanError(f"layout {self.name} cannot store this weight: {reason}", mend="use layout native")
+
+    def _holds_outliers(self, q: QuantizedTensor) -> bool:
+        del q
+        return False
 
 
 def majority(entries: Mapping[str, Scheme]) -> Scheme:

@@ -14,7 +14,7 @@ from bitwright.core.quantized import QuantizedTensor
 from bitwright.core.scheme import Codec, Params, Scheme
 from bitwright.core.stats import Statistic
 
-__all__ = ["Context", "FeedbackKernel", "Method", "Outcome", "TileKernel", "TileSums"]
+__all__ = ["Context", "EncodeKernel", "FeedbackKernel", "Method", "Outcome", "TileKernel", "TileSums", "has_outliers"]
 
 #: Statistics by name: "gram" (Gram), "drift" and "residual_drift" (CrossGram).
 Stats = Mapping[str, Statistic]
@@ -46,13 +46,32 @@ class FeedbackKernel(Protocol):
     """Quantizes one block of columns with error feedback inside the block; see ``kernels/reference.py``."""
 
     def __call__(
-        self, targets: torch.Tensor, weights: torch.Tensor, feedback: torch.Tensor, codec: Codec, columns: torch.Tensor
+        self,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        feedback: torch.Tensor,
+        codec: Codec,
+        columns: torch.Tensor,
+        keep: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes ``(block, rows)`` uint8 and errors ``weights - decoded`` ``(block, rows)`` float32.
 
         targets: ``(block, rows)`` float32, columns of the weight after feedback from all earlier blocks;
         weights: the original columns, same shape; feedback: ``(block, block)`` float32 unit upper triangular; columns:
-        ``(block,)`` int64, which column of the codec each one is.
+        ``(block,)`` int64, which column of the codec each one is; keep: ``(block, rows)`` bool or None, outliers: they decode to their
+        target rounded to float16 instead of to their code, so that the errors before them are made up for.
+        """
+
+
+class EncodeKernel(Protocol):
+    """A scheme's ``quantize``, or its ``encode`` under given parameters, in one pass over the weight, bit for bit."""
+
+    def __call__(
+        self, w: torch.Tensor, scheme: Scheme, params: Params | None, prepared: Any
+    ) -> tuple[Params, torch.Tensor] | None:
+        """Parameters and codes of ``w`` ``(rows, columns)`` float32; None for schemes that it does not know.
+
+        params: stored or loose parameters to encode under, or None: then they are fitted, with ``prepared`` from ``scheme.prepare``.
         """
 
 
@@ -62,6 +81,7 @@ class Context:
 
     feedback: FeedbackKernel
     tile_sums: TileKernel | None = None
+    encode: EncodeKernel | None = None
     prepared: Any = None
     #: raise instead of falling back when a factorisation fails for good
     strict: bool = False
@@ -83,15 +103,29 @@ class Outcome:
     notes: tuple[str, ...] = field(default=())
 
 
+def has_outliers(scheme: Scheme) -> bool:
+    """True for schemes that store some weights apart."""
+    # How many depends on the shape: in a matrix of 2^30 weights every share that is worth naming is at least one.
+    return scheme.outlier_count((1 << 15, 1 << 15)) > 0
+
+
 class Method(ABC):
     """Base of every method; a method is a frozen dataclass of options. Inputs are never mutated."""
 
     name: ClassVar[str]
+    #: whether it keeps the outliers of schemes that have any
+    keeps_outliers: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[str]:
         """Names of the statistics that it wants ("gram", "drift"); empty for data-free methods."""
         return frozenset()
+
+    def accepts(self, scheme: Scheme) -> str | None:
+        """None where it can serve a scheme, else the reason why not. Default: every scheme whose outliers it keeps."""
+        if has_outliers(scheme) and not self.keeps_outliers:
+            return "it keeps no weights apart; use method spqr, or set outliers to 0"
+        return None
 
     @abstractmethod
     def quantize(self, w: torch.Tensor, stats: Stats, scheme: Scheme, context: Context) -> Outcome:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from bitwright.core.inputs import InputScheme
 from bitwright.core.tensor import TensorSpec
 from bitwright.errors import InputError, PlanError
 
@@ -59,14 +60,20 @@ class AffineCodec:
 
 @dataclass(frozen=True, slots=True)
 class TableCodec:
-    """Columns as a lookup: ``value = table[code] * scale``, table ascending.
+    """Columns as a lookup: ``value = table[index] * scale``, table ascending, ``code = codes[index]``.
 
-    table: ``(levels,)`` float32; scale: ``(rows, tiles)`` float32; tile: ``(columns,)`` int64.
+    table: ``(levels,)`` float32; scale: ``(rows, tiles)`` float32, not zero; tile: ``(columns,)`` int64; codes: ``(levels,)`` uint8, the
+    scheme's code of each table entry, or None where that is its index.
     """
 
     table: torch.Tensor
     scale: torch.Tensor
     tile: torch.Tensor
+    codes: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.table) < 2 or not bool(torch.isfinite(self.table).all()):
+            raise InputError("a table needs at least two finite values", mend="check the scheme's codebook")
 
 
 Codec = AffineCodec | TableCodec
@@ -103,6 +110,22 @@ class Scheme(ABC):
     kind: ClassVar[str]
     #: how many neighbouring values one code stands for
     vector: ClassVar[int] = 1
+    #: how the layer's inputs are quantized; None: they stay as they are. Schemes that can have it redeclare it as a field.
+    inputs: InputScheme | None = None
+
+    @property
+    def shares(self) -> bool:
+        """True where ``prepare`` wants all tensors of a fused layer (q, k, v; gate, up) at once. Default: each for itself."""
+        return False
+
+    @property
+    def two_level(self) -> bool:
+        """True where parameters are themselves quantized over the whole weight.
+
+        ``fit`` then gives *loose* parameters, tile by tile, that ``encode``, ``decode``, ``codec`` and ``choose`` understand, and
+        ``finish`` turns those of the whole weight into the stored ones.
+        """
+        return False
 
     @property
     @abstractmethod
@@ -131,6 +154,23 @@ class Scheme(ABC):
         group_count(shape, group_size=self.span(columns))
         tile_rows = self.tile.rows or rows
         return -(-rows // tile_rows), columns // self.span(columns)
+
+    def by_rows(self, shape: tuple[int, int]) -> bool:
+        """True where no tile of a weight of this shape reaches into a second row, so that rows may be fitted in pieces."""
+        del shape
+        return self.tile.rows == 1
+
+    def sum_tiles(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of ``values`` ``(rows, columns)`` over every tile: ``(tile rows, tile columns)``."""
+        rows, columns = values.shape
+        down, across = self.grid((rows, columns))
+        per_row = values.view(rows, across, self.span(columns)).sum(-1)
+        if down == rows:
+            return per_row
+        tile_rows = self.tile.rows or rows
+        padded = torch.zeros(down * tile_rows, across)
+        padded[:rows] = per_row
+        return padded.view(down, tile_rows, across).sum(1)
 
     def prepare(self, tensors: Sequence[torch.Tensor]) -> Any:
         """Once over the tensors that share something above the tile; the result is handed to ``fit``. Default: nothing."""
@@ -168,8 +208,13 @@ class Scheme(ABC):
         self, w: torch.Tensor, *, weights: torch.Tensor | None = None, context: Any = None
     ) -> tuple[Params, torch.Tensor]:
         """The reference quantizer: fit, then encode. Schemes that imitate a foreign reference override it."""
-        params = self.fit(w, weights=weights, context=context)
+        params = self.finish(self.fit(w, weights=weights, context=context), (w.shape[0], w.shape[1]))
         return params, self.encode(w, params)
+
+    def finish(self, params: Params, shape: tuple[int, int]) -> Params:
+        """The stored parameters of a whole weight from loose ones; called before the last ``encode``. Default: the same ones."""
+        del shape
+        return params
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, *, weights: torch.Tensor | None) -> Params:
         """Better parameters for codes that are already chosen, where a closed form exists. Default: the same ones."""
@@ -206,13 +251,29 @@ class Scheme(ABC):
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
         """Code bits plus parameter bits, per weight."""
 
+    def outlier_count(self, shape: tuple[int, int]) -> int:
+        """How many weights of this shape are stored apart in 16 bits. Default: none."""
+        del shape
+        return 0
+
+    @property
+    def outlier_dtype(self) -> torch.dtype:
+        """Storage dtype of the outliers' values."""
+        return torch.float16
+
     def describe(self) -> str:
-        """One short line for tables and logs."""
+        """One short line for tables and logs, about the weight alone."""
         return self.kind
+
+    def describe_all(self) -> str:
+        """``describe``, and how inputs are quantized."""
+        return self.describe() if self.inputs is None else f"{self.describe()}, inputs {self.inputs.describe()}"
 
     def to_spec(self) -> dict[str, Any]:
         """A JSON object from which ``catalog`` rebuilds this scheme."""
-        return {"kind": self.kind, **asdict(self)}  # type: ignore[call-overload]
+        spec = {"kind": self.kind, **asdict(self)}  # type: ignore[call-overload]
+        spec.pop("inputs", None)
+        return spec if self.inputs is None else {**spec, "inputs": self.inputs.to_spec()}
 
 
 def tile_of_columns(columns: int, span: int) -> torch.Tensor:

@@ -6,16 +6,20 @@ whatever the number of workers. All accumulate in float32 or float64, whatever t
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 import torch
 
+from bitwright.core.distribution import Histogram, Moments, MovingMinMax, ShareAbove
+from bitwright.core.statistic import Statistic
 from bitwright.errors import InputError
 
-__all__ = ["AbsMax", "Accumulate", "CrossGram", "Gram", "MeanAbs", "MinMax", "Statistic", "accumulate_product"]
+__all__ = [
+    "SIMPLE", "AbsMax", "Accumulate", "CrossGram", "Gram", "Histogram", "MeanAbs", "MinMax", "Moments", "MovingMinMax", "ShareAbove",
+    "Statistic", "accumulate_product",
+]  # fmt: skip
 
 #: ``(into, x, y)``: adds xᵀ y to ``into``; the engine passes a faster one where it is lossless.
 Accumulate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -24,32 +28,6 @@ Accumulate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 def accumulate_product(into: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
     """Add ``xᵀ y`` in float32 for ``(tokens, a)`` and ``(tokens, b)`` to ``into`` ``(a, b)``. The plain reference."""
     into += x.float().T @ y.float()
-
-
-@dataclass
-class Statistic(ABC):
-    """Base of all statistics. count: tokens seen so far."""
-
-    name: ClassVar[str]
-    columns: int
-    count: int = field(default=0, init=False)
-
-    def _check(self, x: torch.Tensor) -> None:
-        if x.dim() != 2 or x.shape[1] != self.columns:
-            raise InputError(f"{self.name} expects (tokens, {self.columns}), got {tuple(x.shape)}")
-
-    @abstractmethod
-    def update(self, x: torch.Tensor) -> None:
-        """Add ``(tokens, columns)`` activations."""
-
-    def _check_same(self, other: Statistic, mine: torch.Tensor, theirs: torch.Tensor) -> None:
-        # Shapes that broadcast would merge silently.
-        if type(self) is not type(other) or mine.shape != theirs.shape:
-            raise InputError(f"{self.name} of {tuple(mine.shape)} cannot merge {other.name} of {tuple(theirs.shape)}")
-
-    @abstractmethod
-    def merge(self, other: Self) -> None:
-        """Add what another instance has seen."""
 
 
 @dataclass
@@ -199,3 +177,10 @@ class MinMax(Statistic):
         torch.minimum(self.low, other.low, out=self.low)
         torch.maximum(self.high, other.high, out=self.high)
         self.count += other.count
+
+
+#: Statistics of one layer input that only need ``update``: name -> class. What methods, transforms and ranges may ask for beside
+#: "gram" and "drift".
+SIMPLE: dict[str, type[Statistic]] = {
+    cls.name: cls for cls in (AbsMax, MeanAbs, MinMax, Histogram, Moments, MovingMinMax, ShareAbove)
+}

@@ -20,11 +20,15 @@ from bitwright.core.source import Sink, Source
 from bitwright.engine.activations import ActivationStore, ActivationWriter
 from bitwright.engine.calibration import CalibrationTokens
 from bitwright.engine.collect import Batch, Group, GroupStats, collect, split_by_memory, trace
+from bitwright.engine.inputs import InputSchemes, quantized_inputs, with_input_ranges
 from bitwright.engine.journal import Commit, Journal
+from bitwright.engine.kv_cache import KvRange
 from bitwright.engine.plan import Plan, PlanEntry
 from bitwright.engine.progress import Progress
 from bitwright.engine.recipe import make_method
+from bitwright.engine.rewrite import RewrittenSource
 from bitwright.engine.tensors import TensorWork
+from bitwright.engine.transforming import EDGE_TOKENS, PROBE_TOKENS, BlockTransforms, Samples
 from bitwright.errors import NumericError, ResumeError
 from bitwright.model.blocks import BlockCall, BlockRunner, Capture
 from bitwright.model.structure import LinearUnit
@@ -71,11 +75,16 @@ class Blockwise:
         self._max_gram_bytes = max_gram_bytes
         self._prefix = plan.skeleton.blocks_path
         self._runner = BlockRunner(plan.skeleton, plan.names, source, plan.compute_dtype)
-        self._captures: list[Capture] = self._runner.capture(tokens.batches)
+        batches, samples = tokens.batches, self._sample_tokens(tokens.batches[0]) if plan.transforms else ()
+        captures = self._runner.capture((*batches, *samples))
+        self._captures: list[Capture] = captures[: len(batches)]
+        self._sample_captures = captures[len(batches) :]
         self._drift = any(entry.method is not None and "drift" in entry.method.needs for entry in plan.quantized)
         self._pairs = len(self._captures) if self._drift else 1
         total = sum(c.hidden.nbytes for c in self._captures + self._captures[: self._pairs])
         self._store = ActivationStore(journal.folder, cap_bytes=max_activation_bytes, total_bytes=total)
+        self._input_schemes: InputSchemes = {}
+        self._transforms = BlockTransforms(plan, self._runner, progress, max_gram_bytes) if plan.transforms else None
 
     # --- state -----------------------------------------------------------------------------------------------------------
 
@@ -112,6 +121,7 @@ class Blockwise:
         """The store holds the hidden states now; how blocks are called is still needed."""
         empty = torch.empty(0)
         self._captures = [Capture(empty, capture.calls) for capture in self._captures]
+        self._sample_captures = [Capture(empty, capture.calls) for capture in self._sample_captures]
 
     def _call(self, batch: int, block: int, dtype: torch.dtype) -> BlockCall:
         return cast_call(self._captures[batch].calls[block], dtype)
@@ -153,10 +163,23 @@ class Blockwise:
         work = TensorWork(self._plan, self._source, self._sink)
         for entry in entries:
             # A weight that is not finite is named before it poisons the activations.
-            (work.check if entry.action == "quantize" else work.copy)(entry)
+            work.check(entry)
         block = self._runner.load_block(index)
         writer = self._store.writer(step)
         try:
+            for i in range(self._pairs):
+                out = self._runner.run(block, self._original(i, dtype), self._call(i, index, dtype))
+                writer.append(_finite(out, "the output of the original model"))
+            if self._transforms is not None:
+                exact = frozenset(entry.tensor for entry in entries if entry.action == "quantize")
+                rewritten = RewrittenSource(self._source, {}, exact)
+                self._transforms.apply(
+                    index, block, rewritten, entries, lambda: self._batches(index, dtype), self._samples(index)
+                )
+                work.source = rewritten
+            for entry in entries:
+                if entry.action != "quantize":
+                    work.copy(entry)
             self._quantize_block(index, dtype, block, writer, entries, work)
             digest = writer.finish()
         finally:
@@ -177,31 +200,51 @@ class Blockwise:
     ) -> None:
         """Quantize the linears of a loaded block in place, and write what feeds the next block."""
         by_tensor = {entry.tensor: entry for entry in entries}
+        self._input_schemes.clear()
         units = [entry.unit for entry in entries if entry.action == "quantize" and entry.unit is not None]
         prefix = f"{self._prefix}.{index}."
-        for i in range(self._pairs):
-            out = self._runner.run(block, self._original(i, dtype), self._call(i, index, dtype))
-            writer.append(_finite(out, "the output of the original model"))
         original = copy.deepcopy(block) if self._drift else None
         stages = trace(block, prefix, units, self._quantized(0, dtype), self._call(0, index, dtype))
         if not self._plan.recipe.sequential:
             stages = [[group for stage in stages for group in stage]]
         for stage in stages:
             for groups in split_by_memory(stage, self._max_gram_bytes):
-                found = collect(block, groups, self._batches(index, dtype), original=original)
+                found = collect(
+                    block, groups, self._batches(index, dtype), original=original, batch_count=len(self._captures),
+                    extra=_extra(groups, by_tensor),
+                )  # fmt: skip
                 for group, stats in zip(groups, found, strict=True):
                     if not bool(torch.isfinite(stats.gram.matrix.diagonal()).all()):
                         raise _NotFiniteError(f"the input of {group.units[0].name}")
                     self._quantize_group(group, stats, by_tensor, block, prefix, work)
                 del found
+        cache = KvRange(self._plan.kv_cache if index in self._plan.attention else None)
         for i in range(len(self._captures)):
-            out = self._runner.run(block, self._quantized(i, dtype), self._call(i, index, dtype))
+            with quantized_inputs(block, self._input_schemes), cache.watching():
+                out = self._runner.run(block, self._quantized(i, dtype), self._call(i, index, dtype))
             writer.append(_finite(out, "the output"))
+        if self._plan.kv_cache is not None and index in self._plan.attention:
+            work.write_all(cache.scales(self._plan.attention[index]))
 
     def _batches(self, index: int, dtype: torch.dtype) -> Iterator[Batch]:
         for i in range(len(self._captures)):
             original = self._original(i, dtype) if self._drift else None
             yield Batch(self._quantized(i, dtype), self._call(i, index, dtype), original)
+
+    # --- what transforms look at -----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _sample_tokens(first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Corners of the first batch: one sequence to search edges with, and some for probes."""
+        rows = max(1, PROBE_TOKENS // first.shape[1])
+        return first[:1, :EDGE_TOKENS], first[:rows, :PROBE_TOKENS]
+
+    def _samples(self, index: int) -> Samples:
+        """The same corners of the hidden states: what precedes a token does not depend on what follows it."""
+        hidden = self._quantized(0, torch.float32)
+        calls = [cast_call(capture.calls[index], torch.float32) for capture in self._sample_captures]
+        cut = self._sample_tokens(hidden)
+        return Samples(*(Batch(part.contiguous(), call) for part, call in zip(cut, calls, strict=True)))
 
     def _quantize_group(
         self,
@@ -218,19 +261,20 @@ class Blockwise:
             assert entry.method is not None
             assert unit.place is not None
             slot = (unit.place.parameter.removeprefix(prefix), unit.place.expert)
-            given: dict[str, Any] = {"gram": stats.gram}
-            if stats.drift is not None:
-                given["drift"] = stats.drift
-            if slot in stats.residual_drift and unit.place.rows is None:
-                given["residual_drift"] = stats.residual_drift[slot]
+            given = stats.of(slot)
+            if unit.place.rows is not None:
+                given.pop("residual_drift", None)
             few = unit.role == "expert" and tokens < self._plan.recipe.min_expert_tokens
             few = few and bool(entry.method.needs) and entry.method.name != "search"
             method: Method = make_method("search", {}) if few else entry.method
             outcome = work.quantize(entry, method, given)
             if few:
                 outcome = replace(outcome, fallback=f"search: only {tokens} tokens reached this expert")
+            outcome = with_input_ranges(entry, outcome, given)
             work.store(entry, outcome, tokens)
             _put_back(block, unit, prefix, outcome.tensor.decode())
+            if entry.scheme is not None and entry.scheme.inputs is not None:
+                self._input_schemes[slot] = (entry.scheme.inputs, outcome.tensor.inputs)
 
     # --- at the end ------------------------------------------------------------------------------------------------------
 
@@ -263,6 +307,12 @@ class Blockwise:
             "perplexity_own_text": _perplexity(totals["entropy_reference"]),
             "tokens": float(first.numel()),
         }
+
+
+def _extra(groups: Sequence[Group], entries: Mapping[str, PlanEntry]) -> frozenset[str]:
+    """Statistics beside Gram matrix and drift that somebody in these groups wants."""
+    wanted = [entries[unit.tensor].needs for group in groups for unit in group.units]
+    return frozenset().union(*wanted) - {"gram", "drift"}
 
 
 def _perplexity(nll: float) -> float:

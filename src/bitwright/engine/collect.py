@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitwright.core.stats import Accumulate, CrossGram, Gram
+from bitwright.core.stats import SIMPLE, Accumulate, CrossGram, Gram, Statistic
 from bitwright.model.blocks import BlockCall, BlockRunner
 from bitwright.model.observe import InputObserver, Slot
 from bitwright.model.structure import LinearUnit
@@ -135,6 +135,17 @@ class GroupStats:
     gram: Gram
     drift: CrossGram | None = None
     residual_drift: dict[Slot, CrossGram] = field(default_factory=dict)
+    #: further statistics by name: those of ``core.stats.SIMPLE``, and "gram_heldout"
+    extra: dict[str, Statistic] = field(default_factory=dict)
+
+    def of(self, slot: Slot) -> dict[str, Statistic]:
+        """Everything by name, as methods take it; ``slot``'s own residual drift."""
+        found: dict[str, Statistic] = {"gram": self.gram, **self.extra}
+        if self.drift is not None:
+            found["drift"] = self.drift
+        if slot in self.residual_drift:
+            found["residual_drift"] = self.residual_drift[slot]
+        return found
 
 
 @dataclass
@@ -163,8 +174,10 @@ class _Collector:
 
     groups: Sequence[Group]
     accumulate: Accumulate
+    extra: frozenset[str] = frozenset()
     stats: dict[int, GroupStats] = field(default_factory=dict)
     original: _Inputs | None = None
+    held_out: bool = False
 
     def __post_init__(self) -> None:
         self.of_slot = {slot: index for index, group in enumerate(self.groups) for slot in group.slots}
@@ -185,11 +198,17 @@ class _Collector:
         if index is None:
             return
         group = self.groups[index]
-        stats = self.stats.setdefault(index, GroupStats(Gram(group.columns, accumulate=self.accumulate)))
+        if index not in self.stats:
+            self.stats[index] = _empty(group, self.accumulate, self.extra)
+        stats = self.stats[index]
         # Linears of a dense group see the same input, which counts once; an expert may be called more than once a run.
         if slot[1] is not None or index not in self.current:
             if len(x):
-                stats.gram.update(x)
+                held = stats.extra.get(_HELD_OUT) if self.held_out else None
+                (stats.gram if held is None else held).update(x)
+                for name, statistic in stats.extra.items():
+                    if name != _HELD_OUT:
+                        statistic.update(x)
             self.current[index] = x
             if self.original is not None and index in self.original.x:
                 if stats.drift is None:
@@ -215,6 +234,18 @@ class _Collector:
             raise _StageDone
 
 
+#: A Gram matrix of its own from every eighth batch, for methods that compare candidates on tokens they were not fitted to.
+_HELD_OUT = "gram_heldout"
+_HELD_OUT_EVERY = 8
+
+
+def _empty(group: Group, accumulate: Accumulate, extra: Iterable[str]) -> GroupStats:
+    found: dict[str, Statistic] = {}
+    for name in sorted(extra):
+        found[name] = Gram(group.columns, accumulate=accumulate) if name == _HELD_OUT else SIMPLE[name](group.columns)
+    return GroupStats(Gram(group.columns, accumulate=accumulate), extra=found)
+
+
 def collect(
     block: nn.Module,
     groups: Sequence[Group],
@@ -222,15 +253,22 @@ def collect(
     *,
     original: nn.Module | None = None,
     accumulate: Accumulate = fast_accumulate,
+    extra: frozenset[str] = frozenset(),
+    batch_count: int = 0,
 ) -> list[GroupStats]:
     """Statistics per group over all batches; an expert that no token reached gets an empty Gram matrix.
+
+    extra: names of further statistics (``core.stats.SIMPLE``, "gram_heldout"). batch_count: how many batches there are, of which every
+    eighth, and at least the last of several, is held out where "gram_heldout" is wanted.
 
     original: the block with its original weights. Where it is given and a batch has the original model's hidden states, both
     run, and the drift between them is collected for dense groups.
     """
-    collector = _Collector(groups, accumulate)
+    collector = _Collector(groups, accumulate, extra)
     observer = InputObserver(_watched(block, collector.of_slot), collector.on_input, collector.on_sum)
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        last = number == batch_count - 1 and 1 < batch_count < _HELD_OUT_EVERY
+        collector.held_out = _HELD_OUT in extra and (number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 or last)
         seen = None
         if original is not None and batch.original is not None:
             seen = _Inputs(groups)
@@ -243,7 +281,7 @@ def collect(
                 BlockRunner.run(block, batch.hidden, batch.call)
         except _StageDone:
             pass
-    return [collector.stats.get(i, GroupStats(Gram(group.columns))) for i, group in enumerate(groups)]
+    return [collector.stats.get(i) or _empty(group, accumulate, extra) for i, group in enumerate(groups)]
 
 
 def split_by_memory(groups: Sequence[Group], budget_bytes: int) -> Iterator[list[Group]]:

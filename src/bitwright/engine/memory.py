@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from bitwright.engine.calibration import BATCH_TOKENS, CalibrationTokens
 from bitwright.engine.plan import Plan, PlanEntry
-from bitwright.engine.tensors import CHUNK_ELEMENTS
+from bitwright.engine.tensors import CHUNK_ELEMENTS, in_pieces
 
 __all__ = ["Budget", "Forecast", "forecast", "release_free_memory"]
 
@@ -83,10 +83,16 @@ def _generation_bytes(plan: Plan, tokens: CalibrationTokens | None) -> int:
 
 def _plain_peak(plan: Plan) -> float:
     """Without data: the largest weight's piece, its codes and their packed form while pieces are joined, kept tensors piece by piece."""
-    largest = max((_elements(entry) for entry in plan.quantized), default=0)
     kept = max((min(entry.spec.nbytes, 2 * CHUNK_ELEMENTS) for entry in plan.entries), default=0)
-    joined = 4 * largest if largest > CHUNK_ELEMENTS else 0
-    return _BASE + max(_PIECE_BYTES * min(largest, CHUNK_ELEMENTS) + joined, kept)
+    most = max((_plain_weight(entry) for entry in plan.quantized), default=0.0)
+    return _BASE + max(most, kept)
+
+
+def _plain_weight(entry: PlanEntry) -> float:
+    elements = _elements(entry)
+    if in_pieces(entry):
+        return _PIECE_BYTES * CHUNK_ELEMENTS + 4 * elements
+    return _PIECE_BYTES * elements
 
 
 def _calibrated_peak(plan: Plan, budget: Budget) -> float:
@@ -100,7 +106,9 @@ def _calibrated_peak(plan: Plan, budget: Budget) -> float:
         block = plan.structure.block_of.get(entry.tensor)
         if block is not None:
             blocks[block] += _elements(entry) * item
-    block = max(blocks.values(), default=0) * (2 if drift else 1)
+    largest = max(blocks.values(), default=0)
+    # Edges are searched in float32, with a block loaded for nothing else.
+    block = max(largest * (2 if drift else 1), largest // item * 4 if plan.transforms else 0)
     outside = max((e.spec.nbytes for e in plan.entries if plan.structure.block_of.get(e.tensor) is None), default=0)
     widest = max((max(e.unit.shape) for e in plan.quantized if e.unit is not None), default=0)
     running = _WIDE_ACTIVATIONS * BATCH_TOKENS * widest * item + min(outside, 50_000_000)

@@ -5,28 +5,31 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
 
 from bitwright import catalog
+from bitwright.core.fused import FUSED
+from bitwright.core.inputs import InputScheme
 from bitwright.core.layout import ENGINES, Layout
 from bitwright.core.method import Method
+from bitwright.core.options import build
+from bitwright.core.ranges import Range
 from bitwright.core.scheme import Scheme
 from bitwright.core.source import Source
 from bitwright.core.tensor import TensorSpec, parse_dtype
-from bitwright.engine.recipe import Override, Recipe, make_method
+from bitwright.core.transform import Transform
+from bitwright.engine.recipe import Override, Recipe, block_numbers, make_inputs, make_method, make_plugin
 from bitwright.errors import InputError, PlanError
 from bitwright.io.safetensors_writer import ShardPlan, plan_shards
 from bitwright.model.names import NameMap, map_names
+from bitwright.model.roles import role_of
 from bitwright.model.skeleton import Skeleton, build_skeleton
 from bitwright.model.structure import LinearUnit, Structure, structure_from_headers, structure_from_skeleton
 
 __all__ = ["ENGINES", "Plan", "PlanEntry", "make_plan"]
-
-#: Linears that serving engines fuse into one: their parts must be quantized alike (vLLM's packed_modules_mapping).
-_FUSED: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,13 @@ class PlanEntry:
     unit: LinearUnit | None = None
     scheme: Scheme | None = None
     method: Method | None = None
+    range: Range | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the statistics of its input that are wanted, by the method and for static input ranges."""
+        needs = self.method.needs if self.method is not None else frozenset()
+        return needs | self.range.needs if self.range is not None else needs
 
     @property
     def stored_bytes(self) -> int:
@@ -68,6 +78,10 @@ class Plan:
     notes: tuple[str, ...]
     skeleton: Skeleton | None = None
     names: NameMap | None = None
+    transforms: tuple[Transform, ...] = ()
+    kv_cache: InputScheme | None = None
+    #: attention modules whose KV-cache scales are stored, by block
+    attention: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def quantized(self) -> tuple[PlanEntry, ...]:
@@ -76,8 +90,17 @@ class Plan:
 
     @property
     def needs_calibration(self) -> bool:
-        """True where a method wants statistics of layer inputs."""
-        return any(entry.method is not None and entry.method.needs for entry in self.quantized)
+        """True where statistics of layer inputs are wanted, by a method, a transform or for static ranges."""
+        if any(t.needs for t in self.transforms) or (self.kv_cache is not None and not self.kv_cache.dynamic):
+            return True
+        return any(entry.needs for entry in self.quantized)
+
+    @property
+    def extra_tensors(self) -> tuple[str, ...]:
+        """Stored tensors that come from no tensor of the source: the scales of the KV cache."""
+        if self.kv_cache is None:
+            return ()
+        return tuple(s.name for a in self.attention.values() for s in self.layout.kv_cache_tensors(a, self.kv_cache))
 
     @property
     def weight_file_bytes(self) -> int:
@@ -119,7 +142,8 @@ def make_plan(recipe: Recipe, source: Source, *, target: str | None = None) -> P
     model_dtype = _model_dtype(source)
     layout = _make_layout(recipe)
     entries = _entries(recipe, source, structure, layout, model_dtype, skeleton)
-    _refuse_nothing(entries, recipe)
+    kv_cache, attention = _kv_cache(recipe, layout, skeleton, structure)
+    _refuse_nothing(entries)
     if layout.name != "native":
         _refuse_mixed_fusions(entries)
     schemes = {e.unit.name: e.scheme for e in entries if e.action == "quantize" and e.unit and e.scheme}
@@ -128,6 +152,8 @@ def make_plan(recipe: Recipe, source: Source, *, target: str | None = None) -> P
     if not any(unit.role == "head" for unit in structure.units):
         kept.append("lm_head")
     meta = _method_meta(recipe)
+    if kv_cache is not None:
+        meta["kv_cache"] = kv_cache
     config = layout.config(schemes, kept, meta)
     model_type = str(source.config.get("model_type", "?"))
     engines = _engines(layout, schemes, kept, model_type)
@@ -135,13 +161,15 @@ def make_plan(recipe: Recipe, source: Source, *, target: str | None = None) -> P
         raise PlanError(
             f"the output would not load in {target}: {engines[target]}", mend="change layout, bits or group size"
         )
-    shards = plan_shards([spec for e in entries for spec in e.stored], recipe.max_shard_bytes)
+    stored = [spec for e in entries for spec in e.stored]
+    if kv_cache is not None:
+        stored += [spec for name in attention.values() for spec in layout.kv_cache_tensors(name, kv_cache)]
     return Plan(
         recipe=recipe,
         entries=tuple(entries),
         structure=structure,
         layout=layout,
-        shards=tuple(shards),
+        shards=tuple(plan_shards(stored, recipe.max_shard_bytes)),
         model_type=model_type,
         model_dtype=model_dtype,
         compute_dtype=_compute_dtype(recipe, model_dtype),
@@ -150,15 +178,46 @@ def make_plan(recipe: Recipe, source: Source, *, target: str | None = None) -> P
         notes=tuple(notes),
         skeleton=skeleton,
         names=names,
+        transforms=_transforms(recipe),
+        kv_cache=kv_cache,
+        attention=attention,
     )
+
+
+def _transforms(recipe: Recipe) -> tuple[Transform, ...]:
+    """Those of block scope; the model's were applied to the source already."""
+    found = [make_plugin("transforms", choice) for choice in recipe.transforms]
+    return tuple(transform for transform in found if transform.scope == "block")
+
+
+def _kv_cache(
+    recipe: Recipe, layout: Layout, skeleton: Skeleton | None, structure: Structure
+) -> tuple[InputScheme | None, dict[int, str]]:
+    """How the KV cache is quantized, and the attention module of every block that the scales belong to."""
+    if recipe.kv_cache is None:
+        return None, {}
+    scheme = make_inputs(recipe.kv_cache)
+    if scheme.dynamic or scheme.strategy != "tensor":
+        raise PlanError("KV-cache scales are static, one per tensor", mend="use strategy: tensor, dynamic: false")
+    reason = layout.accepts_kv_cache(scheme)
+    if reason is not None:
+        raise PlanError(f"layout {layout.name} cannot store it: {reason}", mend="use --layout compressed-tensors")
+    if skeleton is None:
+        raise PlanError("KV-cache scales need model code to be measured", mend="drop the kv_cache option")
+    found: dict[int, str] = {}
+    for unit in structure.units:
+        if unit.block is not None and role_of(unit.name, unit.role) & {"attn_k", "attn_qkv"}:
+            found.setdefault(unit.block, unit.name.rpartition(".")[0])
+    if not found:
+        raise PlanError("no attention modules were found", mend="drop the kv_cache option")
+    return scheme, found
 
 
 def _structure(recipe: Recipe, source: Source, notes: list[str]) -> tuple[Skeleton | None, NameMap | None, Structure]:
     """With model code where there is any; without, only for methods that need no data."""
-    calibrated = bool(make_method(recipe.method, recipe.method_options).needs)
-    calibrated = calibrated or any(o.method and make_method(o.method, {}).needs for o in recipe.overrides)
+    calibrated = recipe.needs_calibration
     try:
-        skeleton = build_skeleton(source.path)
+        skeleton = build_skeleton(source.path, untied=source.config.get("tie_word_embeddings") is False)
     except InputError as error:
         if calibrated:
             raise
@@ -188,32 +247,46 @@ def _compute_dtype(recipe: Recipe, model_dtype: torch.dtype) -> torch.dtype:
 
 
 def _make_layout(recipe: Recipe) -> Layout:
-    plugin = catalog.load("layouts", recipe.layout)
-    try:
-        layout = plugin(**recipe.layout_options)
-    except TypeError as error:
-        raise PlanError(
-            f"layout '{recipe.layout}' does not take these options: {error}", mend="see docs/layouts.md"
-        ) from error
+    layout = build(catalog.load("layouts", recipe.layout), recipe.layout_options, f"layout '{recipe.layout}'")
     assert isinstance(layout, Layout)
     return layout
 
 
 def make_scheme(recipe: Recipe, layout: Layout, model_dtype: torch.dtype, override: Override | None = None) -> Scheme:
-    """The scheme that a recipe (with one exception applied) asks for, under the layout's limits."""
-    bits, group_size, symmetric = recipe.bits, recipe.group_size, recipe.symmetric
+    """The scheme that a recipe (with one exception applied) asks for, under the layout's limits.
+
+    ``bits``, ``symmetric``, ``group_size`` (also as ``block_size``) and ``scale_dtype`` go to the fields of these names. Raises PlanError
+    where the scheme has no such field.
+    """
+    name, options = recipe.scheme, dict(recipe.scheme_options)
+    values: dict[str, Any] = {key: getattr(recipe, key) for key in ("bits", "group_size", "symmetric")}
     if override is not None:
-        bits = override.bits if override.bits is not None else bits
-        group_size = override.group_size if override.group_size is not None else group_size
-        symmetric = override.symmetric if override.symmetric is not None else symmetric
-    options: dict[str, Any] = dict(recipe.scheme_options)
-    if recipe.scheme == "affine":
-        options |= {"bits": bits, "symmetric": symmetric}
-        options |= {"granularity": group_size} if isinstance(group_size, str) else {"group_size": group_size}
+        if override.scheme is not None:
+            name, options, values = override.scheme, {}, dict.fromkeys(values)
+        options |= override.scheme_options
+        values |= {key: value for key in values if (value := getattr(override, key)) is not None}
+    plugin = catalog.load("schemes", name)
+    known = {f.name: f for f in fields(plugin)}
+    for key, value in values.items():
+        if value is None:
+            continue
+        field_name = key
+        if key == "group_size":
+            field_name = "granularity" if isinstance(value, str) else "group_size" if key in known else "block_size"
+        if field_name not in known:
+            raise PlanError(f"scheme {name} has no {key.replace('_', ' ')} to choose", mend=f"drop {key}")
+        options[field_name] = value
+    if "scale_dtype" in known and "scale_dtype" not in options:
         storable = str(model_dtype).removeprefix("torch.")
         auto = storable if storable in ("float16", "bfloat16", "float32") else "float32"
-        options["scale_dtype"] = auto if recipe.scale_dtype == "auto" else recipe.scale_dtype
-    return catalog.load_scheme({"kind": recipe.scheme, **options}).limit(layout.limits(model_dtype))
+        if recipe.scale_dtype != "auto" or known["scale_dtype"].default != "float32":
+            options["scale_dtype"] = auto if recipe.scale_dtype == "auto" else recipe.scale_dtype
+    if recipe.inputs is not None:
+        if "inputs" not in known:
+            raise PlanError(f"scheme {name} leaves inputs in 16 bits", mend="drop inputs, or use affine or float8")
+        options["inputs"] = make_inputs(recipe.inputs)
+    build_options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    return catalog.load_scheme({"kind": name, **build_options}).limit(layout.limits(model_dtype))
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -223,6 +296,15 @@ def _matches(pattern: str, name: str) -> bool:
         except re.error as error:
             raise PlanError(f"pattern '{pattern}' is not a regular expression: {error}", mend="mend it") from error
     return fnmatch.fnmatchcase(name, pattern)
+
+
+def _holds(override: Override, unit: LinearUnit, blocks: int) -> bool:
+    """True where every condition of an exception holds for a unit."""
+    if override.role is not None and override.role not in role_of(unit.name, unit.role):
+        return False
+    if override.layers is not None and unit.block not in block_numbers(override.layers, blocks):
+        return False
+    return _matches(override.pattern, unit.name)
 
 
 def _entries(
@@ -246,13 +328,13 @@ def _entries(
         if unit is None:
             entries.append(replace(keep, reason=structure.left.get(name, "not a matrix")))
             continue
-        hits = [i for i, o in enumerate(recipe.overrides) if _matches(o.pattern, unit.name)]
+        hits = [i for i, o in enumerate(recipe.overrides) if _holds(o, unit, structure.block_count)]
         unused -= set(hits)
         override = recipe.overrides[hits[0]] if hits else None
         wanted = unit.role in ("linear", "expert") or (unit.role == "head" and recipe.head)
         wanted = wanted or (unit.role == "embedding" and recipe.embeddings)
         if override is not None and override.keep:
-            entries.append(replace(keep, reason=f"kept by '{override.pattern}'"))
+            entries.append(replace(keep, reason=f"kept by '{override.title()}'"))
         elif not wanted:
             entries.append(replace(keep, reason=f"{unit.role} kept unless asked for"))
         elif not spec.dtype.is_floating_point:
@@ -260,8 +342,8 @@ def _entries(
         else:
             entries.append(_quantized(recipe, layout, model_dtype, unit, spec, override))
     if unused:
-        pattern = recipe.overrides[min(unused)].pattern
-        raise PlanError(f"override '{pattern}' matches no layer", mend="see the names with `bitwright plan`")
+        title = recipe.overrides[min(unused)].title()
+        raise PlanError(f"override '{title}' matches no layer", mend="see the names with `bitwright plan`")
     asked = [("head", recipe.head), ("embedding", recipe.embeddings)]
     for role, on in asked:
         if on and not any(e.action == "quantize" and e.unit and e.unit.role == role for e in entries):
@@ -282,6 +364,9 @@ def _quantized(
     override: Override | None,
 ) -> PlanEntry:
     scheme = make_scheme(recipe, layout, model_dtype, override)
+    if unit.role in ("head", "embedding") and scheme.inputs is not None:
+        # There are no statistics outside the blocks, and serving engines keep the head's input in 16 bits.
+        scheme = replace(scheme, inputs=None)  # type: ignore[type-var]
     try:
         scheme.grid(unit.shape)
     except PlanError as error:
@@ -292,16 +377,24 @@ def _quantized(
             f"{unit.name}: layout {layout.name} cannot store it: {reason}", mend="keep it, or use --layout native"
         )
     name = override.method if override and override.method else recipe.method
-    method = make_method(name, recipe.method_options if name == recipe.method else {})
+    own = override.method_options if override and override.method else {}
+    method = make_method(name, own or (recipe.method_options if name == recipe.method else {}))
+    reason = method.accepts(scheme)
+    if reason is not None:
+        raise PlanError(
+            f"{unit.name}: method {method.name} cannot serve {scheme.describe()}: {reason}", mend="use another"
+        )
+    static = scheme.inputs is not None and not scheme.inputs.dynamic
     return PlanEntry(
         unit.tensor,
         spec,
         "quantize",
         layout.tensors(unit.name, scheme, unit.shape),
-        scheme.describe(),
+        scheme.describe_all(),
         unit,
         scheme,
         method,
+        make_plugin("ranges", recipe.input_range) if static else None,
     )
 
 
@@ -312,10 +405,9 @@ def _tied_stored(source: Source, skeleton: Skeleton | None) -> dict[str, str]:
     return {a: b for a, b in skeleton.tied.items() if a in source.tensors and b in source.tensors}
 
 
-def _refuse_nothing(entries: Sequence[PlanEntry], recipe: Recipe) -> None:
+def _refuse_nothing(entries: Sequence[PlanEntry]) -> None:
     if not any(entry.action == "quantize" for entry in entries):
         raise PlanError("nothing would be quantized", mend="check the overrides; no linear layer of a block is left")
-    del recipe
 
 
 def _refuse_mixed_fusions(entries: Iterable[PlanEntry]) -> None:
@@ -324,9 +416,9 @@ def _refuse_mixed_fusions(entries: Iterable[PlanEntry]) -> None:
         if entry.unit is None or entry.unit.role not in ("linear", "expert"):
             continue
         parent, _, leaf = entry.unit.name.rpartition(".")
-        for fused in _FUSED:
+        for fused in FUSED.values():
             if leaf in fused:
-                what = entry.scheme.describe() if entry.scheme is not None else "kept"
+                what = entry.scheme.describe_all() if entry.scheme is not None else "kept"
                 groups.setdefault((parent, fused), {})[leaf] = what
     for (parent, fused), found in groups.items():
         if len(set(found.values())) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -11,11 +12,17 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from bitwright import catalog
+from bitwright.core.inputs import InputScheme
 from bitwright.core.method import Method
+from bitwright.core.options import build
 from bitwright.errors import InputError
 from bitwright.io.strict import load_yaml
+from bitwright.model.roles import ROLES
 
-__all__ = ["Calibration", "Override", "Recipe", "load_recipe", "make_recipe"]
+__all__ = [
+    "Calibration", "Choice", "Override", "Recipe", "block_numbers", "load_recipe", "make_inputs", "make_method", "make_plugin",
+    "make_recipe",
+]  # fmt: skip
 
 
 class _Strict(BaseModel):
@@ -48,31 +55,134 @@ def _plain_group_size(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdigit() else value
 
 
-GroupSize = Annotated[int | Literal["channel", "tensor"], BeforeValidator(_plain_group_size)]
+GroupSize = Annotated[int | Literal["channel", "tensor", "block"], BeforeValidator(_plain_group_size)]
+
+
+class Choice(_Strict):
+    """A plugin by name, with options. In YAML a bare name will do."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+def _choice(value: Any) -> Any:
+    """``awq`` and ``{name: awq, alpha: 0.5}`` are short for ``{name: awq, options: {...}}``."""
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, Mapping) and "options" not in value and "name" in value:
+        return {"name": value["name"], "options": {key: v for key, v in value.items() if key != "name"}}
+    return value
+
+
+AnyChoice = Annotated[Choice, BeforeValidator(_choice)]
 
 
 class Override(_Strict):
-    """An exception: for modules whose name matches ``pattern`` (glob, or a regular expression after ``re:``)."""
+    """An exception for some modules: those that every given condition holds for.
 
-    pattern: str
+    pattern: matches the name (glob, or a regular expression after ``re:``). role: one of ``model.roles.ROLES``. layers: blocks, for
+    example ``0-3,-1`` (negative numbers count from the end). keep: leave them in high precision. The first exception that holds
+    counts. scheme replaces the recipe's scheme with all its options; the others change single values.
+    """
+
+    pattern: str = "*"
+    role: str | None = None
+    layers: str | None = None
     keep: bool = False
     bits: int | None = None
     group_size: GroupSize | None = None
     symmetric: bool | None = None
+    scheme: str | None = None
+    scheme_options: dict[str, Any] = Field(default_factory=dict)
     method: str | None = None
+    method_options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.role is not None and self.role not in ROLES:
+            raise ValueError(f"role '{self.role}' is unknown; use one of {', '.join(ROLES)}")
+        if self.layers is not None:
+            block_numbers(self.layers, 1)
+        if self.method is not None:
+            make_method(self.method, self.method_options)
+        return self
+
+    def title(self) -> str:
+        """How messages call it."""
+        given = [f"{key} {value}" for key, value in (("role", self.role), ("layers", self.layers)) if value is not None]
+        return ", ".join([self.pattern, *given] if self.pattern != "*" or not given else given)
+
+
+def block_numbers(text: str, count: int) -> frozenset[int]:
+    """The blocks that ``layers`` names in a model of ``count`` blocks; ValueError where it is not such a list.
+
+    >>> sorted(block_numbers("0-2,-1", 8))
+    [0, 1, 2, 7]
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(-?\d+)\s*(?:-\s*(-?\d+))?\s*", part)
+        if match is None:
+            raise ValueError(f"layers '{text}' is not a list such as 0-3,-1")
+        first = int(match[1])
+        last = int(match[2]) if match[2] is not None else first
+        first, last = (number + count if number < 0 else number for number in (first, last))
+        found.update(range(first, last + 1))
+    return frozenset(found)
+
+
+def _inputs(value: Any) -> Any:
+    """``int8-tensor-static`` and the like, short for the fields of ``InputScheme``.
+
+    >>> _inputs("fp8-tensor-static") == {"number": "float", "strategy": "tensor", "dynamic": False}
+    True
+    """
+    if not isinstance(value, str):
+        return value
+    numbers: dict[str, dict[str, Any]] = {"int8": {}, "fp8": {"number": "float"}, "fp4": {"number": "float", "bits": 4}}
+    first, *words = value.split("-")
+    result: dict[str, Any] = dict(numbers.get(first, {}))
+    known: dict[str, dict[str, Any]] = {
+        "static": {"dynamic": False},
+        "asym": {"symmetric": False},
+        "token": {"strategy": "token"},
+        "tensor": {"strategy": "tensor"},
+    }
+    if first not in numbers or any(word not in known for word in words):
+        raise ValueError(f"'{value}' is not like int8-token, int8-tensor-static, int8-tensor-static-asym or fp8-token")
+    for word in words:
+        result |= known[word]
+    return result
+
+
+def _kv_cache(value: Any) -> Any:
+    """``fp8`` and ``int8``: one static scale for the keys and one for the values of a layer."""
+    return _inputs(f"{value}-tensor-static") if isinstance(value, str) and "-" not in value else _inputs(value)
+
+
+InputsValue = Annotated[dict[str, Any], BeforeValidator(_inputs)]
+KvCacheValue = Annotated[dict[str, Any], BeforeValidator(_kv_cache)]
 
 
 class Recipe(_Strict):
-    """Everything that decides the bytes of the output. Unknown keys are refused."""
+    """Everything that decides the bytes of the output. Unknown keys are refused.
+
+    bits, group_size and symmetric are those of the scheme (None: its own defaults). inputs: how layer inputs are quantized, fields of
+    ``core.inputs.InputScheme``; input_range: how their static ranges are found. transforms come first, in this order.
+    """
 
     method: str = "gptq"
     method_options: dict[str, Any] = Field(default_factory=dict)
     scheme: str = "affine"
-    bits: int = 4
-    group_size: GroupSize = 128
-    symmetric: bool = True
+    bits: int | None = None
+    group_size: GroupSize | None = None
+    symmetric: bool | None = None
     scale_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     scheme_options: dict[str, Any] = Field(default_factory=dict)
+    inputs: InputsValue | None = None
+    input_range: AnyChoice = Choice(name="minmax")
+    kv_cache: KvCacheValue | None = None
+    transforms: tuple[AnyChoice, ...] = ()
     layout: str = "compressed-tensors"
     layout_options: dict[str, Any] = Field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
@@ -89,10 +199,30 @@ class Recipe(_Strict):
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
         make_method(self.method, self.method_options)
-        for kind, name in (("schemes", self.scheme), ("layouts", self.layout)):
-            if name.replace("_", "-") not in catalog.names(kind):
-                catalog.load(kind, name)
+        for name in (self.scheme, *(o.scheme for o in self.overrides if o.scheme)):
+            catalog.check("schemes", name)
+        catalog.check("layouts", self.layout)
+        for transform in self.transforms:
+            make_plugin("transforms", transform)
+        if self.inputs is not None:
+            make_inputs(self.inputs)
+            make_plugin("ranges", self.input_range)
+        if self.kv_cache is not None:
+            make_inputs(self.kv_cache)
         return self
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods of the recipe and of its exceptions."""
+        found = [make_method(self.method, self.method_options)]
+        return (*found, *(make_method(o.method, o.method_options) for o in self.overrides if o.method))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True where calibration text may be needed: for a method, a transform, or static ranges."""
+        static = [s for s in (self.inputs, self.kv_cache) if s is not None and not make_inputs(s).dynamic]
+        blockwise = any(make_plugin("transforms", t).needs for t in self.transforms)
+        return bool(static) or blockwise or any(method.needs for method in self.methods)
 
     def digest(self) -> str:
         """SHA-256 of the canonical JSON form."""
@@ -102,23 +232,26 @@ class Recipe(_Strict):
 
 def make_method(name: str, options: Mapping[str, Any]) -> Method:
     """The method called ``name`` with these options; InputError lists the options where one is unknown."""
-    from dataclasses import fields
-
-    plugin = catalog.load("methods", name)
-    known = {f.name: f for f in fields(plugin)}
-    for key, value in options.items():
-        if key not in known:
-            raise InputError(
-                f"method '{name}' has no option '{key}'", mend=f"its options are: {', '.join(sorted(known)) or 'none'}"
-            )
-        default = known[key].default
-        # A whole number serves as a float, nothing else stands in for another type.
-        right = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
-        if not right:
-            raise InputError(f"option '{key}' of method '{name}' is like {default!r}, not {value!r}")
-    method = plugin(**options)
+    if name in catalog.names("transforms") and name not in catalog.names("methods"):
+        raise InputError(
+            f"{name} is a transform, which comes before a method",
+            mend=f"use --transform {name} with --method search or gptq",
+        )
+    method = build(catalog.load("methods", name), options, f"method '{name}'")
     assert isinstance(method, Method)
     return method
+
+
+def make_plugin(kind: str, choice: Choice) -> Any:
+    """The plugin that a choice names, with its options."""
+    return build(catalog.load(kind, choice.name), choice.options, f"{kind.removesuffix('s')} '{choice.name}'")
+
+
+def make_inputs(values: Mapping[str, Any]) -> InputScheme:
+    """How inputs are quantized, from the recipe's plain values."""
+    found = build(InputScheme, values, "inputs")
+    assert isinstance(found, InputScheme)
+    return found
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -130,8 +263,10 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         raise InputError("the recipe is not valid: " + "; ".join(lines), mend="see docs/recipes.md") from error
 
 
-def load_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe from a YAML file, with ``changes`` (from flags) on top."""
+def load_recipe(recipe: Path | str, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe from a YAML file or a preset's name, with ``changes`` (from flags) on top."""
+    named = "/" not in str(recipe) and not str(recipe).endswith((".yaml", ".yml"))
+    path = catalog.preset(str(recipe)) if named and not Path(recipe).is_file() else Path(recipe)
     values = load_yaml(path)
     if not isinstance(values, dict):
         raise InputError(f"{path}: a recipe is a mapping of options", mend="see docs/recipes.md")

@@ -13,12 +13,14 @@ from typing import Any, Literal
 
 import torch
 
+from bitwright.core.source import Source
 from bitwright.engine.calibration import CalibrationTokens, load_texts, load_tokenizer, tokens_from_texts
 from bitwright.engine.driver import Driver
 from bitwright.engine.interrupt import StopRequest
 from bitwright.engine.journal import Commit, Journal
 from bitwright.engine.memory import Budget
-from bitwright.engine.plan import Plan, make_plan
+from bitwright.engine.modelwide import plan_rewritten, prove_unchanged
+from bitwright.engine.plan import Plan
 from bitwright.engine.progress import Progress, Silent
 from bitwright.engine.recipe import Recipe
 from bitwright.engine.sample import sample_tokens
@@ -100,7 +102,7 @@ def quantize_folder(
     progress = progress or Silent()
     with open_source(model, allow_pickle=allow_pickle) as source:
         tokens, foreign = _early_tokens(recipe, source)
-        plan = make_plan(recipe, source, target=target)
+        plan, rewritten = plan_rewritten(recipe, source, target=target)
         for note in plan.notes:
             progress.note(note)
         budget = Budget.of(plan, max_memory_bytes, tokens)
@@ -113,7 +115,9 @@ def quantize_folder(
                 for note in tokens.warnings if tokens else ():
                     progress.note(note)
                 used = tokens if plan.needs_calibration else None
-                result = _drive(plan, source, journal, staging.folder, used, budget, progress)
+                if not journal.commits:
+                    prove_unchanged(plan, source, rewritten)
+                result = _drive(plan, rewritten, journal, staging.folder, used, budget, progress)
                 result = _finish(result, plan, source, staging.folder, used, foreign, progress)
                 source.check_unchanged()
                 staging.publish()
@@ -139,11 +143,7 @@ def _early_tokens(recipe: Recipe, source: SafetensorsDir) -> tuple[CalibrationTo
             f"{source.path}: the tokenizer has ids up to {largest - 1}, the model's vocabulary has {size} entries",
             mend="use the tokenizer that belongs to this model",
         )
-    from bitwright.engine.recipe import make_method
-
-    methods = {recipe.method, *(o.method for o in recipe.overrides if o.method)}
-    needed = any(make_method(m, recipe.method_options if m == recipe.method else {}).needs for m in methods)
-    if not needed or recipe.calibration.text is None:
+    if not recipe.needs_calibration or recipe.calibration.text is None:
         return None, False
     texts = load_texts(recipe.calibration)
     tokenizer = load_tokenizer(source.path)
@@ -200,7 +200,7 @@ def _open_journal(
 
 def _drive(
     plan: Plan,
-    source: SafetensorsDir,
+    source: Source,
     journal: Journal,
     files: Path,
     tokens: CalibrationTokens | None,
@@ -208,7 +208,7 @@ def _drive(
     progress: Progress,
 ) -> Result:
     stored = {entry.tensor: [spec.name for spec in entry.stored] for entry in plan.entries}
-    written = [name for commit in journal.commits for tensor in commit.hashes for name in stored[tensor]]
+    written = [name for commit in journal.commits for tensor in commit.hashes for name in stored.get(tensor, [tensor])]
     if not journal.commits:
         # A run that was killed before its first commit may have created them.
         for shard in plan.shards:
@@ -236,7 +236,7 @@ def _drive(
     return Result(files, plan, report, driver.quality, {"commits": journal.commits})
 
 
-def _write_config(plan: Plan, source: SafetensorsDir, files: Path) -> None:
+def _write_config(plan: Plan, source: Source, files: Path) -> None:
     config = dict(source.config)
     config.pop("torch_dtype", None)
     config["dtype"] = str(plan.model_dtype).removeprefix("torch.")

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from bitwright import catalog
+from bitwright.core.fused import fused_name
 from bitwright.core.method import Context, Method, Outcome
 from bitwright.core.quantized import QuantizedTensor
 from bitwright.core.source import Sink, Source
 from bitwright.engine.plan import Plan, PlanEntry
 from bitwright.errors import InputError, NumericError
 
-__all__ = ["CHUNK_ELEMENTS", "TensorWork", "bytes_of", "decoded_hash"]
+__all__ = ["CHUNK_ELEMENTS", "TensorWork", "bytes_of", "decoded_hash", "in_pieces"]
 
 #: Kept tensors are copied, and row-wise methods run, in pieces of at most this many elements.
 CHUNK_ELEMENTS = 4 * 1024 * 1024
@@ -32,7 +33,8 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 def decoded_hash(tensor: QuantizedTensor) -> str:
     """SHA-256 of the decoded weight, float32 row-major."""
     digest = hashlib.sha256()
-    if tensor.outliers is not None or tensor.scheme.tile.rows != 1:
+    by_row = all(value.shape[:1] == tensor.shape[:1] for value in tensor.params.values())
+    if tensor.outliers is not None or tensor.scheme.tile.rows != 1 or tensor.scheme.two_level or not by_row:
         digest.update(bytes_of(tensor.decode()))
         return digest.hexdigest()
     rows = max(1, CHUNK_ELEMENTS // tensor.shape[1])
@@ -40,6 +42,16 @@ def decoded_hash(tensor: QuantizedTensor) -> str:
         params = {name: value[start : start + rows] for name, value in tensor.params.items()}
         digest.update(bytes_of(tensor.scheme.decode(tensor.codes[start : start + rows], params)))
     return digest.hexdigest()
+
+
+def in_pieces(entry: PlanEntry) -> bool:
+    """True where a weight is quantized in pieces of rows when no data is needed: it is large, and rows know nothing of each other."""
+    assert entry.scheme is not None
+    assert entry.unit is not None
+    scheme, (rows, columns) = entry.scheme, entry.unit.shape
+    if scheme.tile.rows != 1 or scheme.two_level or scheme.shares or scheme.outlier_count((rows, columns)):
+        return False
+    return not entry.unit.transposed and rows * columns > CHUNK_ELEMENTS
 
 
 @dataclass
@@ -51,6 +63,7 @@ class TensorWork:
     sink: Sink
     hashes: dict[str, str] = field(default_factory=dict)
     report: list[dict[str, Any]] = field(default_factory=list)
+    _prepared: tuple[str, Any] | None = None
 
     def copy(self, entry: PlanEntry) -> None:
         """Copy a kept tensor piece by piece; check that a dropped tied one equals its twin."""
@@ -68,6 +81,12 @@ class TensorWork:
             digest.update(bytes_of(piece))
         if twin is None:
             self.hashes[entry.tensor] = digest.hexdigest()
+
+    def write_all(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write small tensors that the source does not have, under their own names."""
+        for name, value in tensors.items():
+            self.sink.write(name, value)
+            self.hashes[name] = hashlib.sha256(bytes_of(value)).hexdigest()
 
     def pieces(self, entry: PlanEntry) -> Iterator[tuple[int, torch.Tensor]]:
         """``(first row, rows)`` of a stored tensor; NumericError where one is not finite."""
@@ -95,8 +114,8 @@ class TensorWork:
         """Quantize one weight; without statistics in pieces of rows, where the scheme's tiles allow it."""
         assert entry.scheme is not None
         assert entry.unit is not None
-        scheme, (out, columns) = entry.scheme, entry.unit.shape
-        if stats or scheme.tile.rows != 1 or entry.unit.transposed or out * columns <= CHUNK_ELEMENTS:
+        scheme = entry.scheme
+        if stats or not in_pieces(entry):
             weight = self.source.read(entry.tensor)
             if bad := _bad_values(weight):
                 raise _not_finite(entry.tensor, bad)
@@ -111,13 +130,29 @@ class TensorWork:
         context = Context(
             feedback=catalog.load("kernels", "numba-feedback"),
             tile_sums=catalog.load("kernels", "numba-tiles"),
-            prepared=entry.scheme.prepare([weight]),
+            prepared=self._prepare(entry, weight),
             strict=self.plan.recipe.strict,
         )
         try:
             return method.quantize(weight, stats, entry.scheme, context)
         except NumericError as error:
             raise NumericError(f"{entry.tensor}: {error.message}", mend=error.mend) from error
+
+    def _prepare(self, entry: PlanEntry, weight: torch.Tensor) -> Any:
+        """What the scheme prepares above the tile: for one weight, or for all parts of the fused layer that it belongs to."""
+        assert entry.scheme is not None
+        assert entry.unit is not None
+        if not entry.scheme.shares:
+            return entry.scheme.prepare([weight])
+        whole = fused_name(entry.unit.name)
+        if self._prepared is None or self._prepared[0] != whole:
+            parts = [
+                self.source.read(other.tensor).float()
+                for other in self.plan.quantized
+                if other.unit is not None and fused_name(other.unit.name) == whole
+            ]
+            self._prepared = (whole, entry.scheme.prepare(parts))
+        return self._prepared[1]
 
     def store(self, entry: PlanEntry, outcome: Outcome, tokens: int) -> None:
         """Pack and write a quantized weight, and note its hash and what is worth telling."""
@@ -131,12 +166,13 @@ class TensorWork:
             {
                 "tensor": entry.tensor,
                 "method": entry.method.name,
-                "scheme": entry.scheme.describe(),
+                "scheme": entry.scheme.describe_all(),
                 "loss": outcome.loss,
                 "tokens": tokens,
                 "dead_columns": outcome.dead_columns,
                 "damping": outcome.damping,
                 "fallback": outcome.fallback,
+                **({"notes": list(outcome.notes)} if outcome.notes else {}),
             }
         )
 

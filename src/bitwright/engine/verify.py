@@ -10,6 +10,7 @@ import torch
 
 from bitwright.engine.blockwise import cast_call
 from bitwright.engine.calibration import CalibrationTokens
+from bitwright.engine.inputs import InputSchemes, quantized_inputs
 from bitwright.engine.journal import Commit
 from bitwright.engine.memory import release_free_memory
 from bitwright.engine.plan import Plan
@@ -17,7 +18,7 @@ from bitwright.engine.tensors import CHUNK_ELEMENTS, bytes_of, decoded_hash
 from bitwright.errors import BitwrightError, VerifyError
 from bitwright.io.safetensors_dir import SafetensorsDir
 from bitwright.model.blocks import BlockRunner
-from bitwright.model.names import map_names
+from bitwright.model.names import NameMap, map_names
 from bitwright.runtime.checkpoint import DecodedSource, open_checkpoint
 
 __all__ = ["verify"]
@@ -57,6 +58,9 @@ def verify(
         release_free_memory()
         if expected != found:
             raise VerifyError(f"{entry.tensor}: what was written differs from what was computed", mend=mend)
+    for name in plan.extra_tensors:
+        if hashes.get(name) != _raw_hash(opened.stored, name):
+            raise VerifyError(f"{name}: what was written differs from what was computed", mend=mend)
     if tokens is not None and activations is not None:
         _verify_activations(opened, plan, commits, tokens, activations, mend)
     opened.stored.close()
@@ -93,7 +97,9 @@ def _verify_activations(
         dtype = getattr(torch, dtypes[index + 1].removeprefix("torch."))
         runner.dtype = dtype
         block = runner.load_block(index)
-        hidden = runner.run(block, hidden.to(dtype), cast_call(capture.calls[index], dtype))
+        prefix = f"{plan.skeleton.blocks_path}.{index}."
+        with quantized_inputs(block, _input_schemes(opened, names, prefix)):
+            hidden = runner.run(block, hidden.to(dtype), cast_call(capture.calls[index], dtype))
         runner.free(block)
     if not torch.equal(hidden, expected):
         difference = float((hidden.float() - expected.float()).abs().max())
@@ -101,3 +107,15 @@ def _verify_activations(
             f"the written model computes other activations than the run did (largest difference {difference:.3g})",
             mend=mend,
         )
+
+
+def _input_schemes(opened: DecodedSource, names: NameMap, prefix: str) -> InputSchemes:
+    """How the inputs of one block's matrices are quantized, from what was written."""
+    found: InputSchemes = {}
+    for module, (scheme, _) in opened.modules.items():
+        place = names.places.get(module + ".weight")
+        if scheme.inputs is None or place is None or not place.parameter.startswith(prefix):
+            continue
+        slot = (place.parameter.removeprefix(prefix), place.expert)
+        found[slot] = (scheme.inputs, opened.quantized(module).inputs)
+    return found

@@ -27,8 +27,29 @@ def _compile(function: Callable[..., None]) -> Any:
     return numba.njit(parallel=True, cache=True, fastmath={"contract"}, error_model="numpy")(function)
 
 
+@numba.njit(cache=True, error_model="numpy")
+def _half(x):  # type: ignore[no-untyped-def]
+    """A float32 number rounded to float16, ties to even; infinite where it overflows."""
+    size = abs(x)
+    if size >= np.float32(65520.0):
+        return np.float32(np.copysign(np.inf, x))
+    if size < np.float32(2.0**-14):  # subnormal: steps of 2^-24
+        return np.float32(np.rint(x * np.float32(2.0**24)) * np.float32(2.0**-24))
+    exponent = math.frexp(x)[1]
+    return np.float32(math.ldexp(np.rint(math.ldexp(np.float64(x), 11 - exponent)), exponent - 11))
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _keep(keep, targets, weights, error, errors):  # type: ignore[no-untyped-def]
+    """Replace the errors of the outliers of one column by what rounding them to float16 leaves."""
+    for r in range(len(keep)):
+        if keep[r]:
+            error[r] = weights[r] - _half(targets[r])
+            errors[r] = error[r]
+
+
 @_compile
-def _affine(targets, weights, feedback, scale, zero, low, high, codes, errors):  # type: ignore[no-untyped-def]
+def _affine(targets, weights, feedback, keep, scale, zero, low, high, codes, errors):  # type: ignore[no-untyped-def]
     block, rows = targets.shape
     tiles = (rows + _ROW_TILE - 1) // _ROW_TILE
     for tile in numba.prange(tiles):
@@ -49,6 +70,8 @@ def _affine(targets, weights, feedback, scale, zero, low, high, codes, errors): 
                 codes[j, start + r] = np.uint8(code)
                 error[r] = weights[j, start + r] - (code - z) * s
                 errors[j, start + r] = error[r]
+            if len(keep):
+                _keep(keep[j, start:stop], local[j], weights[j, start:stop], error, errors[j, start:stop])
             for k in range(j + 1, block):
                 f = feedback[j, k]
                 for r in range(width):
@@ -56,7 +79,7 @@ def _affine(targets, weights, feedback, scale, zero, low, high, codes, errors): 
 
 
 @_compile
-def _table(targets, weights, feedback, scale, table, middles, codes, errors):  # type: ignore[no-untyped-def]
+def _table(targets, weights, feedback, keep, scale, table, middles, codes, errors):  # type: ignore[no-untyped-def]
     block, rows = targets.shape
     tiles = (rows + _ROW_TILE - 1) // _ROW_TILE
     for tile in numba.prange(tiles):
@@ -78,6 +101,8 @@ def _table(targets, weights, feedback, scale, table, middles, codes, errors):  #
                 codes[j, start + r] = np.uint8(code)
                 error[r] = weights[j, start + r] - table[code] * s
                 errors[j, start + r] = error[r]
+            if len(keep):
+                _keep(keep[j, start:stop], local[j], weights[j, start:stop], error, errors[j, start:stop])
             for k in range(j + 1, block):
                 f = feedback[j, k]
                 for r in range(width):
@@ -85,7 +110,12 @@ def _table(targets, weights, feedback, scale, table, middles, codes, errors):  #
 
 
 def feedback_block(
-    targets: torch.Tensor, weights: torch.Tensor, feedback: torch.Tensor, codec: Codec, columns: torch.Tensor
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    feedback: torch.Tensor,
+    codec: Codec,
+    columns: torch.Tensor,
+    keep: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Same contract as ``reference.feedback_block``; inputs are left as they were."""
     block, rows = targets.shape
@@ -93,7 +123,8 @@ def feedback_block(
     errors = torch.empty(block, rows)
     tiles = codec.tile[columns]
     scale = codec.scale.T[tiles].contiguous().numpy()
-    arrays = (targets.contiguous().numpy(), weights.contiguous().numpy(), feedback.contiguous().numpy(), scale)
+    kept = np.empty((0, 0), np.bool_) if keep is None else keep.contiguous().numpy()
+    arrays = (targets.contiguous().numpy(), weights.contiguous().numpy(), feedback.contiguous().numpy(), kept, scale)
     if isinstance(codec, AffineCodec):
         zero = codec.zero.T[tiles].contiguous().numpy()
         low, high = np.float32(codec.low), np.float32(codec.high)
@@ -101,9 +132,9 @@ def feedback_block(
     else:
         table = codec.table.numpy().astype(np.float32)
         middles = ((table[1:] + table[:-1]) / np.float32(2)).astype(np.float32)
-        if len(middles) == 0 or not math.isfinite(float(middles.sum())):
-            raise ValueError("a table needs at least two finite values")
         _table(*arrays, table, middles, codes.numpy(), errors.numpy())
+        if codec.codes is not None:
+            codes = codec.codes[codes.long()]
     return codes, errors
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from bitwright.core.method import TileSums
-from bitwright.core.scheme import Params, Scheme
-from bitwright.schemes.affine import Affine
+from bitwright.core.scheme import AffineCodec, Params, Scheme
 
 __all__ = ["KERNEL", "tile_sums"]
 
@@ -46,20 +45,56 @@ def _affine(w, weights, scale, zero, low, high, span, error, above, below):  # t
             below[row, tile] = b
 
 
+@_compile
+def _table(w, weights, scale, table, middles, span, error, above, below):  # type: ignore[no-untyped-def]
+    rows, columns = w.shape
+    tiles = columns // span
+    for row in numba.prange(rows):
+        index = np.empty(span, np.int32)
+        for tile in range(tiles):
+            s = scale[row, tile]
+            start = tile * span
+            index[:] = 0
+            for m in range(len(middles)):
+                middle = middles[m]
+                for j in range(span):
+                    index[j] += w[row, start + j] / s > middle
+            e = np.float32(0.0)
+            a = np.float32(0.0)
+            b = np.float32(0.0)
+            for j in range(span):
+                x = w[row, start + j]
+                h = weights[start + j]
+                step = table[index[j]]
+                d = step * s - x
+                e += h * d * d
+                a += h * step * x
+                b += h * step * step
+            error[row, tile] = e
+            above[row, tile] = a
+            below[row, tile] = b
+
+
 def tile_sums(w: torch.Tensor, weights: torch.Tensor | None, scheme: Scheme, params: Params) -> TileSums | None:
-    """Same contract as ``core.method.TileKernel``; knows affine schemes whose tiles lie in one row."""
-    if not isinstance(scheme, Affine) or scheme.tile.rows != 1:
+    """Same contract as ``core.method.TileKernel``; knows every scheme whose tiles lie in one row, through its codec."""
+    if not scheme.by_rows((w.shape[0], w.shape[1])):
         return None
     rows, columns = w.shape
     span = scheme.span(columns)
-    scale = params["scale"].float().contiguous()
-    zero = params["zero"].float() if "zero" in params else torch.full_like(scale, scheme.middle)
+    codec = scheme.codec(params, (rows, columns))
+    if codec.scale.shape != (rows, columns // span):
+        return None
     importance = torch.ones(columns) if weights is None else weights.float().contiguous()
     out = [torch.empty(rows, columns // span) for _ in range(3)]
-    _affine(
-        w.contiguous().numpy(), importance.numpy(), scale.numpy(), zero.contiguous().numpy(), np.float32(scheme.low),
-        np.float32(scheme.levels - 1), span, *(tensor.numpy() for tensor in out),
-    )  # fmt: skip
+    arrays = (w.contiguous().numpy(), importance.numpy(), codec.scale.contiguous().numpy())
+    sums = tuple(tensor.numpy() for tensor in out)
+    if isinstance(codec, AffineCodec):
+        low, high = np.float32(codec.low), np.float32(codec.high)
+        _affine(*arrays, codec.zero.contiguous().numpy(), low, high, span, *sums)
+    else:
+        table = codec.table.numpy().astype(np.float32)
+        middles = ((table[1:] + table[:-1]) / np.float32(2)).astype(np.float32)
+        _table(*arrays, table, middles, span, *sums)
     return TileSums(*out)
 
 

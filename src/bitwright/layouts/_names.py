@@ -6,13 +6,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Place", "experts", "place", "regexes", "unique"]
+from bitwright.core.fused import FUSED
 
-#: Linears that vLLM fuses into one module, and the fused module's name (``packed_modules_mapping`` of its models).
-FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
+__all__ = ["Place", "experts", "place", "regexes", "unique"]
 
 
 @dataclass(frozen=True, slots=True)

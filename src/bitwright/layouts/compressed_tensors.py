@@ -1,142 +1,151 @@
-"""The compressed-tensors layout, ``pack-quantized``: weight-only integers for vLLM and transformers.
+"""The compressed-tensors layout: what vLLM loads of integers and small floats, weight-only or with quantized inputs.
 
-Tensors of a quantized linear ``NAME`` (which has no ``NAME.weight``), ``G`` groups along ``in``:
+======================== ============================ =================================== ==============================
+format                   weights                      inputs                              tensors
+======================== ============================ =================================== ==============================
+``pack-quantized``       int 2, 4, 8                  as they are; int8 or fp8 per token  ``_ct_pack``
+``int-quantized``        int8 per channel or tensor   as they are; int8 token or tensor   ``_ct_int``
+``float-quantized``      fp8 tensor, channel, block   as they are; fp8 token, tensor;     ``_ct_float``
+                                                      groups beside blocks
+``nvfp4-pack-quantized`` NVFP4                        as they are; NVFP4                  ``_ct_float``
+``mxfp4-pack-quantized`` MXFP4                        as they are; MXFP4, fp8             ``_ct_float``
+``mxfp8-quantized``      MXFP8                        as they are; MXFP8                  ``_ct_float``
+``mixed-precision``      groups that name their own format
+======================== ============================ =================================== ==============================
 
-===================== ============= =======================  ==================================================
-``weight_packed``     int32         [out, ceil(in*bits/32)]  signed code + 2^(bits-1), packed along ``in``
-``weight_scale``      model dtype   [out, G]
-``weight_shape``      int64         [2]                      out, in
-``weight_zero_point`` int32         [ceil(out*bits/32), G]   asymmetric alone; + 2^(bits-1), packed along ``out``
-===================== ============= =======================  ==================================================
+Beside the tensors of the weight: ``input_scale`` float32 [1] and ``input_zero_point`` int8 [1] for static inputs per tensor,
+``input_global_scale`` float32 [1], a divisor, for NVFP4 inputs; ``k_scale`` and ``v_scale`` of attention modules for a float8 KV cache.
 
-``W = (q - zp) * scale`` on the signed grid; adding 2^(bits-1) to both gives the unsigned codes and zero points kept
-here. ``int-quantized`` files of other writers (``weight`` int8, no packing) are read too.
-
-Sources: compressed-tensors 0.17 .. 0.20 ``compressors/pack_quantized`` and ``quantization/quant_config.py``; vLLM
-``compressed_tensors/utils.py`` (which targets match).
+Sources: compressed-tensors 0.17 .. 0.20 ``compressors`` and ``quantization``; vLLM ``compressed_tensors/utils.py`` (which targets match).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
-from bitwright.core.bits import pack_words, packed_words, unpack_words
-from bitwright.core.layout import ENGINES, Layout, Read, check_stored, majority, transposed
+from bitwright.core.inputs import InputScheme
+from bitwright.core.layout import ENGINES, Layout, Read, check_stored, majority
 from bitwright.core.quantized import QuantizedTensor
 from bitwright.core.scheme import Limits, Scheme
 from bitwright.core.tensor import TensorSpec
 from bitwright.errors import InputError
+from bitwright.layouts import _ct_float, _ct_int, _ct_pack
+from bitwright.layouts._ct_config import (
+    FORMATS,
+    Quantized,
+    format_of,
+    group_of,
+    input_args,
+    kept_in_bytes,
+    must_name,
+    read_module,
+    weight_args,
+)
 from bitwright.layouts._names import unique
 from bitwright.schemes.affine import Affine
+from bitwright.schemes.float8 import Float8
+from bitwright.schemes.microscaling import Microscaling
 
 __all__ = ["LAYOUT", "CompressedTensors"]
 
-#: Widths whose packing is the same in every release. 3, 5 and 6 bits: releases before 0.18 put floor(32/bits) fields in
-#: a word.
-BITS = (2, 4, 8)
 #: vLLM ``MARLIN_SUPPORTED_GROUP_SIZES``; -1 is one group per channel.
 VLLM_GROUPS = (-1, 32, 64, 128)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_READ_FORMATS = ("pack-quantized", "int-quantized", "mixed-precision", None)
+_KV_CACHE = InputScheme(number="float", strategy="tensor", dynamic=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedTensors(Layout):
-    """compressed-tensors files of format ``pack-quantized``."""
+    """compressed-tensors files.
+
+    int8_bytes: weight-only 8-bit integers per channel are stored as ``int-quantized`` (a byte per code, which vLLM does not load)
+    rather than packed; it is there to read the files of writers that do so.
+    """
 
     name: ClassVar[str] = "compressed-tensors"
     quant_method: ClassVar[str] = "compressed-tensors"
+
+    int8_bytes: bool = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        super().from_config(config)
+        return cls(int8_bytes=kept_in_bytes(config))
 
     def limits(self, model_dtype: torch.dtype) -> Limits:
         # Loaders cast scales to the model dtype, so codes are chosen with scales already rounded to it.
         return Limits(scale_dtype=model_dtype if model_dtype in _FLOATS else torch.float32)
 
     def accepts(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
-        rows, columns = shape
-        if not isinstance(scheme, Affine):
-            return f"it stores affine integers, not {scheme.describe()}"
-        if scheme.bits not in BITS:
-            return (
-                f"{scheme.bits}-bit words mean different things to its readers; 2, 4 and 8 bits are the same everywhere"
-            )
-        if scheme.granularity == "tensor":
-            return "pack-quantized stores one scale per group or per channel, not per tensor"
-        if scheme.symmetric and scheme.symmetric_range != "full":
-            return "its symmetric range is 'full'"
-        if scheme.granularity == "group" and columns % scheme.group_size:
-            return f"in_features {columns} is not a multiple of group_size {scheme.group_size}"
-        if not rows or not columns:
-            return f"a weight of shape {shape} is empty"
-        return None
+        if isinstance(scheme, Affine):
+            packed = format_of(scheme, self.int8_bytes) == "pack-quantized"
+            return _ct_pack.refusal(scheme, shape) if packed else _ct_int.refusal(scheme, shape)
+        if isinstance(scheme, Float8 | Microscaling):
+            return _ct_float.refusal(scheme, shape)
+        return f"it stores affine integers, float8 and microscaling formats, not {scheme.describe()}"
 
     def tensors(self, name: str, scheme: Scheme, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
-        affine = _affine(scheme)
-        rows, columns = shape
-        grid = affine.grid(shape)
-        specs = [
-            TensorSpec(f"{name}.weight_packed", (rows, packed_words(columns, affine.bits)), torch.int32),
-            TensorSpec(f"{name}.weight_scale", grid, affine.param_spec(shape)[0].dtype),
-            TensorSpec(f"{name}.weight_shape", (2,), torch.int64),
-        ]
-        if not affine.symmetric:
-            # Readers cannot place zero points of a symmetric scheme, so they are there for asymmetric ones alone.
-            zeros = (packed_words(rows, affine.bits), grid[1])
-            specs.append(TensorSpec(f"{name}.weight_zero_point", zeros, torch.int32))
-        return tuple(specs)
+        known = _known(scheme)
+        if not isinstance(known, Affine):
+            weight = _ct_float.tensors(name, known, shape)
+        elif format_of(known, self.int8_bytes) == "pack-quantized":
+            weight = _ct_pack.tensors(name, known, shape)
+        else:
+            weight = _ct_int.tensors(name, known, shape)
+        return (*weight, *_input_tensors(name, known.inputs))
 
     def pack(self, name: str, q: QuantizedTensor) -> dict[str, torch.Tensor]:
         self._refuse(q)
-        bits = _affine(q.scheme).bits
-        stored = {
-            f"{name}.weight_packed": pack_words(q.codes, bits),
-            f"{name}.weight_scale": q.params["scale"].clone(memory_format=torch.contiguous_format),
-            f"{name}.weight_shape": torch.tensor(q.shape, dtype=torch.int64),
-        }
-        if "zero" in q.params:
-            stored[f"{name}.weight_zero_point"] = transposed(pack_words(q.params["zero"].t(), bits))
-        return stored
+        scheme = _known(q.scheme)
+        if not isinstance(scheme, Affine):
+            stored = _ct_float.pack(name, scheme, q)
+        elif format_of(scheme, self.int8_bytes) == "pack-quantized":
+            stored = _ct_pack.pack(name, scheme, q)
+        else:
+            stored = _ct_int.pack(name, scheme, q)
+        return stored | _pack_inputs(name, q)
 
     def unpack(
         self, name: str, scheme: Scheme, shape: tuple[int, int], tensors: Mapping[str, torch.Tensor]
     ) -> QuantizedTensor:
-        affine = _affine(scheme)
-        if f"{name}.weight_packed" not in tensors and f"{name}.weight" in tensors:
-            return _unpack_bytes(name, affine, shape, tensors)
-        packed, scale, stored_shape, *zeros = (check_stored(tensors, s) for s in self.tensors(name, affine, shape))
-        if tuple(stored_shape.tolist()) != shape:
-            raise InputError(
-                f"'{name}.weight_shape' says {stored_shape.tolist()}, expected {shape}", mend="read it anew"
-            )
-        params = {"scale": scale}
-        if zeros:
-            params["zero"] = transposed(unpack_words(zeros[0].t(), affine.bits, shape[0]))
-        return QuantizedTensor(affine, shape, unpack_words(packed, affine.bits, shape[1]), params)
+        known = _known(scheme)
+        in_bytes = f"{name}.weight_packed" not in tensors and f"{name}.weight" in tensors
+        if not isinstance(known, Affine):
+            codes, params = _ct_float.unpack(name, known, shape, tensors)
+        elif format_of(known, self.int8_bytes) == "pack-quantized" and not in_bytes:
+            codes, params = _ct_pack.unpack(name, known, shape, tensors)
+        else:
+            codes, params = _ct_int.unpack(name, known, shape, tensors)
+        return QuantizedTensor(known, shape, codes, params, inputs=_unpack_inputs(name, known.inputs, tensors))
 
     def config(self, entries: Mapping[str, Scheme], kept: Sequence[str], meta: Mapping[str, Any]) -> dict[str, Any]:
-        del meta  # its records forbid unknown keys
         base = majority(entries)
+        formats = {scheme: format_of(_known(scheme), self.int8_bytes) for scheme in dict.fromkeys(entries.values())}
+        mixed = len(set(formats.values())) > 1
         groups: dict[str, Any] = {}
         # Exact names win over class names in whatever order. "Linear" comes first because transformers takes the first
         # group for fused experts, and because vLLM's fused experts know no other target.
-        for scheme in sorted(dict.fromkeys(entries.values()), key=lambda s: s != base):
+        for scheme in sorted(formats, key=lambda s: s != base):
             targets = ["Linear"] if scheme == base else [name for name, own in entries.items() if own == scheme]
-            groups[f"group_{len(groups)}"] = {
+            group: dict[str, Any] = {
                 "targets": targets,
-                "weights": _numbers(scheme),
-                "input_activations": None,
+                "weights": weight_args(_known(scheme)),
+                "input_activations": input_args(scheme.inputs),
                 "output_activations": None,
             }
+            if mixed or must_name(_known(scheme), formats[scheme]):
+                group["format"] = formats[scheme]
+            groups[f"group_{len(groups)}"] = group
         return {
             "quant_method": self.quant_method,
-            "format": "pack-quantized",
+            "format": "mixed-precision" if mixed else formats[base],
             "quantization_status": "compressed",
             "global_compression_ratio": None,
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": input_args(meta.get("kv_cache")),
             "ignore": unique(name for name in kept if name not in entries),
             "config_groups": groups,
         }
@@ -149,36 +158,33 @@ class CompressedTensors(Layout):
         read: Read | None = None,
     ) -> dict[str, tuple[Scheme, tuple[int, int]]]:
         del model_dtype
-        if config.get("format") not in _READ_FORMATS:
-            raise InputError(
-                f"compressed-tensors format '{config.get('format')}' is not read here", mend="use its own loader"
-            )
         groups = config.get("config_groups")
         if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) for g in groups.values()):
             raise InputError("quantization_config lacks 'config_groups' in full", mend="fetch config.json again")
-        found: dict[str, tuple[Scheme, tuple[int, int]]] = {}
+        for found in (config.get("format"), *(group.get("format") for group in groups.values())):
+            if found not in (*FORMATS, "mixed-precision", None):
+                raise InputError(f"compressed-tensors format '{found}' is not read here", mend="use its own loader")
+        modules: dict[str, tuple[Scheme, tuple[int, int]]] = {}
         for tensor, spec in names.items():
             name, _, part = tensor.rpartition(".")
-            if part == "weight_packed" or (part == "weight" and spec.dtype == torch.int8):
-                scale = names.get(f"{name}.weight_scale")
-                if scale is None or len(spec.shape) != 2:
-                    raise InputError(f"'{tensor}' has no weight_scale or is no matrix", mend="the file is incomplete")
-                args = _group_of(name, groups).get("weights") or {}
-                found[name] = _read_module(spec, scale, args, names, read)
-        return found
+            if part == "weight_packed" or (part == "weight" and spec.dtype in (torch.int8, torch.float8_e4m3fn)):
+                modules[name] = read_module(spec, group_of(name, groups), names, read)
+        return modules
+
+    def accepts_kv_cache(self, scheme: InputScheme) -> str | None:
+        if scheme == _KV_CACHE:
+            return None
+        # vLLM, CompressedTensorsKVCacheMethod.validate_kv_cache_scheme
+        return f"its readers know a KV cache of static float8 per tensor alone, and raise on {scheme.describe()}"
 
     def loads_in(self, scheme: Scheme, model_type: str) -> dict[str, str | None]:
-        if not isinstance(scheme, Affine):
-            return dict.fromkeys(ENGINES, "not a pack-quantized scheme")
+        if not isinstance(scheme, Affine | Float8 | Microscaling):
+            return dict.fromkeys(ENGINES, "not a scheme of compressed-tensors")
         result: dict[str, str | None] = dict.fromkeys(ENGINES)
-        group = scheme.group_size if scheme.granularity == "group" else -1
-        if scheme.bits not in (4, 8):
-            result["vllm"] = f"its pack-quantized kernels take 4 and 8 bits, not {scheme.bits}"
-        elif group not in VLLM_GROUPS:
-            result["vllm"] = f"vLLM's kernels take group size 32, 64, 128 or per channel, not {group}"
+        result["vllm"] = _refused_by_vllm(scheme, format_of(scheme, self.int8_bytes))
         if model_type == "gpt2":
             result["transformers"] = "its Conv1D layers are not nn.Linear, which compressed-tensors replaces"
-        elif not scheme.symmetric:
+        elif _packs_zeros(scheme, self.int8_bytes):
             result["transformers"] = (
                 "asymmetric files need CompressedTensorsConfig(dequantize=True) in transformers 5.23"
             )
@@ -189,7 +195,7 @@ class CompressedTensors(Layout):
         del kept
         result: dict[str, str | None] = dict.fromkeys(ENGINES)
         schemes = set(entries.values())
-        if len(schemes) > 1 and not all(_affine(scheme).symmetric for scheme in schemes):
+        if len(schemes) > 1 and any(_packs_zeros(scheme, self.int8_bytes) for scheme in schemes):
             # transformers 5.23, integrations/compressed_tensors.py, get_dense_scheme
             result["transformers"] = (
                 "dequantize=True, which asymmetric files need, decodes all modules by the first group"
@@ -198,122 +204,78 @@ class CompressedTensors(Layout):
 
     def support(self) -> dict[str, str]:
         return {
-            "vllm": "0.33 (4 and 8 bits, symmetric or not; group size 32, 64, 128 or per channel)",
-            "transformers": "5.23 with compressed-tensors >= 0.15; asymmetric files with dequantize=True",
+            "vllm": "0.33: int 4 and 8 bits (group size 32, 64, 128 or per channel), int8 with int8 inputs, float8, NVFP4, MXFP4, MXFP8",
+            "transformers": "5.23 with compressed-tensors >= 0.15; asymmetric packed files with dequantize=True; FP4 in bfloat16",
             "gptqmodel": "does not read it",
             "bitwright": "any version",
         }
 
 
-def _affine(scheme: Scheme) -> Affine:
-    if not isinstance(scheme, Affine):
+def _known(scheme: Scheme) -> Quantized:
+    if not isinstance(scheme, Affine | Float8 | Microscaling):
         raise InputError(
-            f"pack-quantized files hold affine integers, not {scheme.describe()}", mend="use another layout"
+            f"compressed-tensors files hold affine integers and small floats, not {scheme.describe()}",
+            mend="use another layout",
         )
     return scheme
 
 
-def _numbers(scheme: Scheme) -> dict[str, Any]:
-    """``QuantizationArgs``: the keys that every release since 0.9 knows; one unknown key makes a model unloadable."""
-    affine = _affine(scheme)
-    grouped = affine.granularity == "group"
-    return {
-        "num_bits": affine.bits,
-        "type": "int",
-        "symmetric": affine.symmetric,
-        "strategy": "group" if grouped else "channel",
-        "group_size": affine.group_size if grouped else None,
-        "dynamic": False,
-    }
+def _packs_zeros(scheme: Scheme, int8_bytes: bool) -> bool:
+    """Whether zero points are packed into words."""
+    return isinstance(scheme, Affine) and not scheme.symmetric and format_of(scheme, int8_bytes) == "pack-quantized"
 
 
-def _group_of(name: str, groups: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The config group of a module: exact names before regular expressions before class names, then the first group.
-
-    Class names cannot be checked against tensors; a tensor that is there in packed form was targeted by some class.
-    """
-    best: tuple[int, Mapping[str, Any]] | None = None
-    for group in groups.values():
-        for target in group.get("targets") or ():
-            if target == name:
-                rank = 0
-            elif target.startswith("re:"):
-                if not re.match(target.removeprefix("re:"), name):
-                    continue
-                rank = 1
-            elif "." in target:
-                continue
-            else:
-                rank = 2
-            if best is None or rank < best[0]:
-                best = (rank, group)
-    if best is None:
-        raise InputError(f"no config group targets '{name}'", mend="config.json and the tensors are not from one model")
-    return best[1]
+def _refused_by_vllm(scheme: Quantized, stored_as: str) -> str | None:
+    """vLLM 0.33, ``_get_scheme_from_parts`` and the kernels behind it."""
+    if isinstance(scheme, Float8):
+        odd = scheme.granularity == "block" and scheme.block != (128, 128)
+        return f"vLLM's kernels take blocks of 128x128, not {scheme.describe()}" if odd else None
+    if isinstance(scheme, Microscaling):
+        return None
+    if stored_as == "int-quantized":
+        if scheme.inputs is None:
+            return "vLLM takes int-quantized files with quantized inputs alone"
+        return None if scheme.symmetric else "vLLM multiplies symmetric int8 weights alone"
+    group = scheme.group_size if scheme.granularity == "group" else -1
+    if scheme.bits not in (4, 8):
+        return f"its pack-quantized kernels take 4 and 8 bits, not {scheme.bits}"
+    if group not in VLLM_GROUPS:
+        return f"vLLM's kernels take group size 32, 64, 128 or per channel, not {group}"
+    if scheme.inputs is not None and scheme.inputs.number == "float":
+        return "4-bit weights with float8 inputs run on GPUs of compute capability 9.0 alone"
+    return None
 
 
-def _read_module(
-    spec: TensorSpec, scale: TensorSpec, args: Mapping[str, Any], names: Mapping[str, TensorSpec], read: Read | None
-) -> tuple[Scheme, tuple[int, int]]:
-    """spec: ``weight_packed`` or int8 ``weight``; args: the group's ``QuantizationArgs`` of weights."""
-    name = spec.name.rpartition(".")[0]
-    bits, strategy = args.get("num_bits"), args.get("strategy") or ("group" if args.get("group_size") else "tensor")
-    if args.get("type", "int") != "int" or strategy not in ("group", "channel", "tensor"):
-        raise InputError(
-            f"'{name}': {args.get('type')} {strategy} weights are not read here", mend="use its own loader"
-        )
-    if f"{name}.weight_g_idx" in names:
-        raise InputError(f"'{name}' has a group index, which current readers refuse too", mend="quantize it anew")
-    if scale.dtype not in _FLOATS or bits not in BITS:
-        raise InputError(
-            f"'{name}': {bits} bits with scales {scale.dtype} are not read here", mend="use its own loader"
-        )
-    rows, words = spec.shape
-    columns = words
-    if spec.dtype == torch.int32:
-        columns = words * 32 // bits
-        shape_name = f"{name}.weight_shape"
-        if strategy == "group":
-            columns = scale.shape[1] * int(args["group_size"])
-        elif read is not None and shape_name in names:
-            columns = int(read(shape_name)[1])
-        if packed_words(columns, bits) != words:
-            raise InputError(
-                f"'{name}': {words} words are not {columns} columns of {bits} bits", mend="check group_size"
-            )
-    elif bits != 8:
-        raise InputError(f"'{name}': {bits}-bit codes in bytes are not read here", mend="use its own loader")
-    options: dict[str, Any] = {
-        "bits": bits,
-        "symmetric": bool(args.get("symmetric", True)),
-        "granularity": strategy,
-        "scale_dtype": str(scale.dtype).removeprefix("torch."),
-    }
-    if strategy == "group":
-        options["group_size"] = int(args["group_size"])
-    return Affine(**options), (rows, columns)
+def _input_tensors(name: str, inputs: InputScheme | None) -> tuple[TensorSpec, ...]:
+    """The stored static parameters of the inputs."""
+    if inputs is None or inputs.dynamic:
+        return ()
+    if inputs.strategy == "tensor_group":
+        return (TensorSpec(f"{name}.input_global_scale", (1,), torch.float32),)
+    scale = TensorSpec(f"{name}.input_scale", (1,), torch.float32)
+    return (scale,) if inputs.symmetric else (scale, TensorSpec(f"{name}.input_zero_point", (1,), torch.int8))
 
 
-def _unpack_bytes(
-    name: str, scheme: Affine, shape: tuple[int, int], tensors: Mapping[str, torch.Tensor]
-) -> QuantizedTensor:
-    """``int-quantized``: one signed byte per code, scale ``[out, G]``, ``[out, 1]`` or ``[1]``."""
-    weight = check_stored(tensors, TensorSpec(f"{name}.weight", shape, torch.int8))
+def _pack_inputs(name: str, q: QuantizedTensor) -> dict[str, torch.Tensor]:
+    specs = _input_tensors(name, q.scheme.inputs)
+    if not specs:
+        return {}
+    if specs[0].name.endswith("input_global_scale"):
+        return {specs[0].name: 1.0 / q.inputs["input_scale"]}
+    return {spec.name: q.inputs[part].clone() for spec, part in zip(specs, ("input_scale", "input_zero"), strict=False)}
+
+
+def _unpack_inputs(
+    name: str, inputs: InputScheme | None, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     params = {}
-    for part, spec in zip(("weight_scale", "weight_zero_point"), scheme.param_spec(shape), strict=False):
-        found = tensors.get(f"{name}.{part}")
-        if found is None or found.numel() != spec.shape[0] * spec.shape[1]:
-            raise InputError(
-                f"tensor '{name}.{part}' is missing or has another shape than {spec.shape}", mend="fetch it again"
-            )
-        value = found.reshape(spec.shape)
-        params[spec.name] = value.to(spec.dtype) if spec.name == "scale" else _unsigned(value)
-    return QuantizedTensor(scheme, shape, _unsigned(weight), params)
-
-
-def _unsigned(value: torch.Tensor) -> torch.Tensor:
-    """int8 to uint8, plus 128: the sign bit flips."""
-    return value.to(torch.int8).view(torch.uint8) ^ 0x80
+    for spec, part in zip(_input_tensors(name, inputs), ("input_scale", "input_zero"), strict=False):
+        found = tensors.get(spec.name)
+        if found is not None and found.numel() == 1 and found.is_floating_point():
+            found = found.reshape(1).float()  # other writers store the model's dtype
+        value = check_stored({spec.name: found} if found is not None else {}, spec)
+        params[part] = 1.0 / value if spec.name.endswith("input_global_scale") else value
+    return params
 
 
 LAYOUT = CompressedTensors

@@ -93,6 +93,8 @@ class Gptq(Layout):
         rows, columns = shape
         if not isinstance(scheme, Affine):
             return f"it stores affine integers, not {scheme.describe()}"
+        if scheme.inputs is not None:
+            return "it is a weight-only layout; inputs stay in 16 bits"
         if scheme.bits not in BITS:
             return f"it stores 2, 3, 4 or 8 bits, not {scheme.bits}"
         if scheme.granularity == "tensor":

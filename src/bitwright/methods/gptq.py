@@ -35,7 +35,7 @@ from bitwright.core.scheme import Params, Scheme
 from bitwright.core.stats import CrossGram, Gram
 from bitwright.errors import InputError, NumericError
 
-__all__ = ["METHOD", "Gptq"]
+__all__ = ["METHOD", "Gptq", "outliers_of", "usable_weights", "without"]
 
 #: Damping is raised by this factor at most this often before the layer falls back.
 _RAISE_FACTOR, _RAISES = 10.0, 3
@@ -91,18 +91,33 @@ class Gptq(Method):
             return self._fallback(w, stats, scheme, context, message)
         upper, damping = factored
         target = _corrected(w, stats, upper, order, dead)
-        params = self._fit(target, scheme, gram.mean_square, context) if order is not None else None
+        apart = self._apart(target, upper, order, scheme, context)
+        # Two-level parameters exist only for the whole weight, so they are fitted first in the plain order too.
+        whole = order is not None or scheme.two_level
+        params = self._fit(without(target, apart), scheme, gram.mean_square, context) if whole else None
         factor = upper.div_(upper.diagonal().clone())
-        tensor = self._round(target, factor, order, params, scheme, gram.mean_square, context)
+        tensor = self._round(target, factor, order, params, scheme, gram.mean_square, context, apart)
         loss = relative_loss(target, tensor.decode(), h)
         return Outcome(tensor=tensor, loss=loss, dead_columns=int(dead.sum()), damping=damping)
 
     def _fallback(self, w: torch.Tensor, stats: Stats, scheme: Scheme, context: Context, why: str) -> Outcome:
-        params = self._search().params(w, scheme, _weights(stats), context)
+        params = self._search().params(w, scheme, usable_weights(stats), context)
         tensor = QuantizedTensor(scheme, (w.shape[0], w.shape[1]), scheme.encode(w, params), params)
         gram = stats.get("gram")
         loss = relative_loss(w, tensor.decode(), gram.matrix) if isinstance(gram, Gram) and gram.count else None
         return Outcome(tensor=tensor, loss=loss, fallback=f"search: {why}")
+
+    def _apart(
+        self,
+        w: torch.Tensor,
+        upper: torch.Tensor,
+        order: torch.Tensor | None,
+        scheme: Scheme,
+        context: Context,
+    ) -> torch.Tensor | None:
+        """Which weights are kept apart in 16 bits, ``(rows, columns)`` bool, or None: none. upper: U in visiting order."""
+        del w, upper, order, scheme, context
+        return None
 
     def _search(self) -> Any:
         from bitwright.methods.search import Search
@@ -115,7 +130,7 @@ class Gptq(Method):
             weights = importance if bool((importance > 0).any()) else None
             found: Params = self._search().params(w, scheme, weights, context)
             return found
-        return scheme.fit(w, context=context.prepared)
+        return scheme.finish(scheme.fit(w, context=context.prepared), (w.shape[0], w.shape[1]))
 
     def _round(
         self,
@@ -126,37 +141,44 @@ class Gptq(Method):
         scheme: Scheme,
         importance: torch.Tensor,
         context: Context,
+        apart: torch.Tensor | None = None,
     ) -> QuantizedTensor:
-        """The column loop. factor: M, ``(columns, columns)`` unit upper triangular, in visiting order; importance: E[x²]."""
+        """The column loop. factor: M, ``(columns, columns)`` unit upper triangular, in visiting order; importance: E[x²]; apart: which
+        weights are kept in 16 bits.
+        """
         rows, columns = w.shape
         shape = (rows, columns)
         weights = (w if order is None else w[:, order]).T.contiguous()
         visit = torch.arange(columns) if order is None else order
+        keep = None if apart is None else apart.T[visit]
         errors = torch.empty_like(weights)
         codes = torch.empty(columns, rows, dtype=torch.uint8)
         fitted: list[Params] = []
+        whole = None if params is None else scheme.codec(params, shape)
         # Plain order fits on entering a tile, so a block must not reach past the tile's end.
         span = scheme.span(columns)
         start = 0
         while start < columns:
             stop = min(start + self.block, columns)
-            if params is None:
+            if whole is None:
                 stop = min(stop, (start // span + 1) * span)
             targets = weights[start:stop]
             if start:
                 targets = targets + factor[:start, start:stop].T @ errors[:start]
-            if params is None:
+            if whole is None:
                 if start % span == 0:
                     tile = self._entering(weights, errors, factor, start, start + span)
+                    tile = without(tile, None if apart is None else apart[:, start : start + span])
                     fitted.append(self._fit(tile, scheme, importance[start : start + span], context))
                 local_shape = (rows, span)
                 codec = scheme.codec(fitted[-1], local_shape)
                 local = visit[start:stop] - (start // span) * span
             else:
-                codec = scheme.codec(params, shape)
+                codec = whole
                 local = visit[start:stop]
-            block_codes, block_errors = context.feedback(
-                targets, weights[start:stop], factor[start:stop, start:stop], codec, local
+            block = (targets, weights[start:stop], factor[start:stop, start:stop], codec, local)
+            block_codes, block_errors = (
+                context.feedback(*block) if keep is None else context.feedback(*block, keep[start:stop])
             )
             codes[start:stop] = block_codes
             errors[start:stop] = block_errors
@@ -167,7 +189,12 @@ class Gptq(Method):
             codes = back
         if params is None:
             params = {name: torch.cat([part[name] for part in fitted], dim=1) for name in fitted[0]}
-        return QuantizedTensor(scheme, shape, codes.T.contiguous(), params)
+        codes = codes.T.contiguous()
+        if apart is None:
+            return QuantizedTensor(scheme, shape, codes, params)
+        decoded = torch.empty_like(weights)
+        decoded[visit] = weights - errors
+        return QuantizedTensor(scheme, shape, codes, params, outliers_of(decoded.T, apart, scheme))
 
     @staticmethod
     def _entering(
@@ -187,7 +214,22 @@ class Gptq(Method):
         return (tile + moved).T.contiguous()
 
 
-def _weights(stats: Stats) -> torch.Tensor | None:
+def without(w: torch.Tensor, apart: torch.Tensor | None) -> torch.Tensor:
+    """The weight with a zero in place of every outlier, so that outliers do not widen the range that a fit finds."""
+    return w if apart is None else w.masked_fill(apart, 0.0)
+
+
+def outliers_of(w: torch.Tensor, apart: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions and values of the weights kept apart. Raises NumericError where one overflows their dtype."""
+    indices = apart.reshape(-1).nonzero().squeeze(1)
+    values = w.reshape(-1)[indices].to(scheme.outlier_dtype)
+    if not bool(torch.isfinite(values).all()):
+        raise NumericError(f"an outlier overflows {scheme.outlier_dtype}", mend="use a scheme without outliers")
+    return indices, values
+
+
+def usable_weights(stats: Stats) -> torch.Tensor | None:
+    """E[x²] of every column, or None where no token, or nothing but zeros, was seen."""
     gram = stats.get("gram")
     if not isinstance(gram, Gram) or gram.count == 0 or not bool((gram.matrix.diagonal() > 0).any()):
         return None

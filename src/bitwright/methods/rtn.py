@@ -22,7 +22,8 @@ class Rtn(Method):
     name: ClassVar[str] = "rtn"
 
     def quantize(self, w: torch.Tensor, stats: Stats, scheme: Scheme, context: Context) -> Outcome:
-        params, codes = scheme.quantize(w, context=context.prepared)
+        found = context.encode(w, scheme, None, context.prepared) if context.encode is not None else None
+        params, codes = found if found is not None else scheme.quantize(w, context=context.prepared)
         tensor = QuantizedTensor(scheme, (w.shape[0], w.shape[1]), codes, params)
         gram = stats.get("gram")
         loss = relative_loss(w, tensor.decode(), gram.matrix) if isinstance(gram, Gram) and gram.count else None

@@ -28,15 +28,7 @@ def tile_errors(w: torch.Tensor, decoded: torch.Tensor, weights: torch.Tensor | 
     error = (w - decoded).square_()
     if weights is not None:
         error *= weights
-    down, across = scheme.grid((w.shape[0], w.shape[1]))
-    span = scheme.span(w.shape[1])
-    per_row = error.view(w.shape[0], across, span).sum(-1)
-    if down == w.shape[0]:
-        return per_row
-    tile_rows = scheme.tile.rows or w.shape[0]
-    padded = torch.zeros(down * tile_rows, across)
-    padded[: w.shape[0]] = per_row
-    return padded.view(down, tile_rows, across).sum(1)
+    return scheme.sum_tiles(error)
 
 
 def _sums(
@@ -132,12 +124,13 @@ class Search(Method):
     def params(self, w: torch.Tensor, scheme: Scheme, weights: torch.Tensor | None, context: Context) -> Params:
         """Searched parameters, row chunk by row chunk where tiles allow it."""
         clips = [1.0 - (1.0 - self.smallest) * step / max(self.steps, 1) for step in range(self.steps + 1)]
-        whole = scheme.tile.rows != 1
+        whole = not scheme.by_rows((w.shape[0], w.shape[1]))
         parts = [
             search_params(chunk, scheme, weights, context, clips=clips, refits=self.refits)
             for chunk in ([w] if whole else torch.split(w, self.chunk_rows))
         ]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        loose = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return scheme.finish(loose, (w.shape[0], w.shape[1]))
 
 
 METHOD = Search

@@ -259,6 +259,7 @@ class _PiecewiseHead(nn.Module):
         assert weight is not None
         self._weight = [weight]
         self._bias = [bias]
+        self.weight = weight[:0]  # some models ask for its dtype
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         parts = [nn.functional.linear(hidden, piece.to(hidden.dtype)) for piece in torch.split(self._weight[0], 4096)]

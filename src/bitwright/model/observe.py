@@ -8,10 +8,79 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["InputObserver", "Slot"]
+__all__ = ["AttentionObserver", "InputObserver", "InputQuantizer", "Slot", "product_of"]
 
 #: A matrix inside a block: parameter name relative to the block, and the expert index for 3-D parameters.
 Slot = tuple[str, int | None]
+
+
+def product_of(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], by_storage: Mapping[int, tuple[str, torch.Tensor]]
+) -> tuple[int, Slot, bool] | None:
+    """Whether a call multiplies by a watched matrix: position of the input among ``args``, the matrix, and whether it is ``(in, out)``.
+
+    Linear (F.linear), Conv1D (addmm) and plain matmul by a parameter or a slice of a 3-D parameter are known. by_storage: address of
+    a parameter's storage -> its name and itself.
+    """
+    name = getattr(func, "__name__", "")
+    if func is torch.nn.functional.linear:
+        at, weight, transposed = 0, args[1] if len(args) > 1 else kwargs.get("weight"), False
+    elif func is torch.addmm and len(args) >= 3:
+        at, weight, transposed = 1, args[2], True
+    elif name in ("matmul", "__matmul__", "mm") and len(args) >= 2:
+        at, weight, transposed = 0, args[1], True
+    else:
+        return None
+    if not isinstance(weight, torch.Tensor) or weight.is_meta or weight.dim() != 2:
+        return None
+    found = by_storage.get(weight.untyped_storage().data_ptr())
+    if found is None:
+        return None
+    parameter, whole = found
+    if transposed and weight.stride(0) < weight.stride(1):
+        transposed = False  # x @ w.T
+    if whole.dim() == 2:
+        return at, (parameter, None), transposed
+    expert = (weight.storage_offset() - whole.storage_offset()) // whole.stride(0)
+    return at, (parameter, expert), transposed
+
+
+class InputQuantizer(TorchFunctionMode):
+    """Rounds what watched matrices read, as the quantized model will: slot -> function of the input."""
+
+    def __init__(
+        self, watched: Mapping[str, torch.Tensor], change: Mapping[Slot, Callable[[torch.Tensor], torch.Tensor]]
+    ) -> None:
+        super().__init__()
+        self._by_storage = {value.untyped_storage().data_ptr(): (name, value) for name, value in watched.items()}
+        self._change = change
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        found = product_of(func, args, kwargs, self._by_storage)
+        if found is None or found[1] not in self._change:
+            return func(*args, **kwargs)
+        at = found[0]
+        return func(*args[:at], self._change[found[1]](args[at]), *args[at + 1 :], **kwargs)
+
+
+class AttentionObserver(TorchFunctionMode):
+    """Calls ``on_attention(key, value)`` wherever attention is computed: ``(batch, heads, tokens, head_dim)`` each."""
+
+    def __init__(self, on_attention: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        super().__init__()
+        self._on_attention = on_attention
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            key, value = (args[i] if len(args) > i else kwargs[name] for i, name in ((1, "key"), (2, "value")))
+            self._on_attention(key, value)
+        return func(*args, **kwargs)
 
 
 class InputObserver(TorchFunctionMode):
@@ -41,17 +110,6 @@ class InputObserver(TorchFunctionMode):
         self._inputs.clear()
         self._outputs.clear()
 
-    def _slot(self, weight: Any) -> Slot | None:
-        if not isinstance(weight, torch.Tensor) or weight.is_meta or weight.dim() != 2:
-            return None
-        found = self._by_storage.get(weight.untyped_storage().data_ptr())
-        if found is None:
-            return None
-        name, whole = found
-        if whole.dim() == 2:
-            return (name, None)
-        return (name, (weight.storage_offset() - whole.storage_offset()) // whole.stride(0))
-
     def _token(self, x: torch.Tensor) -> int:
         for index, seen in enumerate(self._inputs):
             if seen is x or (
@@ -76,20 +134,13 @@ class InputObserver(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        pair: tuple[Any, Any] | None = None
-        name = getattr(func, "__name__", "")
-        if func is torch.nn.functional.linear:
-            pair = (args[0], args[1] if len(args) > 1 else kwargs.get("weight"))
-        elif func is torch.addmm and len(args) >= 3:
-            pair = (args[1], args[2])
-        elif name in ("matmul", "__matmul__", "mm") and len(args) >= 2:
-            pair = (args[0], args[1])
-        elif name in ("add", "add_") and len(args) >= 2 and self._outputs:
-            self._note_sum(args[0], args[1])
-        slot = self._slot(pair[1]) if pair is not None else None
-        if pair is None or slot is None:
+        found = product_of(func, args, kwargs, self._by_storage)
+        if found is None:
+            if getattr(func, "__name__", "") in ("add", "add_") and len(args) >= 2 and self._outputs:
+                self._note_sum(args[0], args[1])
             return func(*args, **kwargs)
-        x = pair[0]
+        at, slot, _ = found
+        x = args[at]
         self._on_input(slot, x.reshape(-1, x.shape[-1]), self._token(x))
         out = func(*args, **kwargs)
         if self._on_sum is not None:

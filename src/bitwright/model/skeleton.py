@@ -51,10 +51,10 @@ class Skeleton:
         return dict(self.model.all_tied_weights_keys)
 
 
-def build_skeleton(path: Path, *, dtype: torch.dtype | None = None) -> Skeleton:
+def build_skeleton(path: Path, *, dtype: torch.dtype | None = None, untied: bool = False) -> Skeleton:
     """The skeleton of the checkpoint in ``path``, from its config.json alone.
 
-    dtype: dtype of the parameters (default: the config's). Raises InputError where transformers does not know the
+    dtype: dtype of the parameters (default: the config's). untied: embeddings and head are two tensors, whatever the config says. Raises InputError where transformers does not know the
     architecture or no decoder blocks can be found; the data-free methods do not need a skeleton.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -71,6 +71,8 @@ def build_skeleton(path: Path, *, dtype: torch.dtype | None = None) -> Skeleton:
     for part in (config, text):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
+        if untied:
+            part.tie_word_embeddings = False
     wanted = dtype or getattr(text, "dtype", None) or torch.float32
     logger = logging.getLogger("transformers")
     level = logger.level

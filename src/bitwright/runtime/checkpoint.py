@@ -19,8 +19,6 @@ from bitwright.io.safetensors_dir import SafetensorsDir
 
 __all__ = ["DecodedSource", "find_layout", "open_checkpoint"]
 
-#: ``quant_method`` in config.json -> layout
-_LAYOUTS = {"gptq": "gptq", "compressed-tensors": "compressed-tensors", "bitwright": "native"}
 #: names of the Conv1D modules in transformers' GPT-2 and GPT
 _CONV1D = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 
@@ -42,19 +40,29 @@ def find_layout(config: Mapping[str, Any], path: Path) -> tuple[Layout, Mapping[
     if quantization is None:
         raise InputError(f"{path}: config.json has no quantization_config", mend="this is a dense checkpoint")
     method = str(quantization.get("quant_method", "")).lower()
-    if method not in _LAYOUTS:
-        raise InputError(f"{path}: quant_method '{method}' cannot be read", mend=f"readable: {', '.join(_LAYOUTS)}")
-    plugin = catalog.load("layouts", _LAYOUTS[method])
+    plugin = _layout_of(method)
+    if plugin is None:
+        known = sorted(catalog.load("layouts", name).quant_method for name in catalog.names("layouts"))
+        raise InputError(f"{path}: quant_method '{method}' cannot be read", mend=f"readable: {', '.join(known)}")
     layout = plugin.from_config(quantization)
     assert isinstance(layout, Layout)
     return layout, quantization
 
 
+def _layout_of(method: str) -> type[Layout] | None:
+    """The layout class that states this ``quant_method``. Most are called like it; others are imported until one matches."""
+    for name in sorted(catalog.names("layouts"), key=lambda name: name != method):
+        plugin: type[Layout] = catalog.load("layouts", name)
+        if plugin.quant_method == method:
+            return plugin
+    return None
+
+
 class DecodedSource:
     """Source over a quantized checkpoint.
 
-    modules: quantized module name -> (scheme, shape). transposed: modules whose weight is ``(in, out)`` in the model (Conv1D);
-    they are stored in Linear orientation.
+    modules: quantized module name -> (scheme, shape). dtype: the model's, as its config states it. transposed: modules whose weight is
+    ``(in, out)`` in the model (Conv1D); they are stored in Linear orientation.
     """
 
     def __init__(
@@ -64,6 +72,7 @@ class DecodedSource:
         self.stored = stored
         self.layout = layout
         self.modules = modules
+        self.dtype = dtype
         self.transposed = transposed
         self._parts: dict[str, tuple[str, ...]] = {}
         specs: dict[str, TensorSpec] = {}
@@ -97,6 +106,10 @@ class DecodedSource:
         """Original names and shapes; quantized ones in the model's dtype."""
         return self._tensors
 
+    def stored_parts(self) -> list[tuple[str, str]]:
+        """``(module, stored tensor)`` for every tensor that a quantized module consists of."""
+        return [(module, name) for module, parts in self._parts.items() for name in parts]
+
     def quantized(self, module: str) -> QuantizedTensor:
         """Codes and parameters of one module."""
         scheme, shape = self.modules[module]
@@ -123,11 +136,20 @@ def open_checkpoint(path: Path) -> SafetensorsDir | DecodedSource:
     if already_quantized(stored.config) is None:
         return stored
     layout, quantization = find_layout(stored.config, path)
-    dtype = parse_dtype(str(stored.config.get("dtype") or stored.config.get("torch_dtype") or "bfloat16"))
+    dtype = _model_dtype(stored.config)
     modules = layout.read_config(quantization, dtype, stored.tensors, stored.read)
     if not modules:
         raise InputError(f"{path}: config.json says {quantization.get('quant_method')}, but no tensor is quantized")
     return DecodedSource(stored, layout, modules, dtype, conv1d_modules(stored.config, modules))
+
+
+def _model_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        name = part.get("dtype") or part.get("torch_dtype")
+        if isinstance(name, str):
+            return parse_dtype(name)
+    return torch.bfloat16
 
 
 def conv1d_modules(config: Mapping[str, Any], modules: Mapping[str, object]) -> frozenset[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from torch import nn
 from bitwright.errors import InputError
 from bitwright.io.safetensors_dir import SafetensorsDir
 from bitwright.model.blocks import BlockRunner
-from bitwright.model.names import map_names
+from bitwright.model.names import Place, map_names
 from bitwright.model.skeleton import build_skeleton
 from bitwright.runtime.checkpoint import DecodedSource, open_checkpoint
 from bitwright.runtime.linear import QuantizedLinear
 
-__all__ = ["load_model"]
+__all__ = ["load_model", "whole_linears"]
 
 
 def load_model(path: Path, *, dtype: torch.dtype | None = None, kernel: str = "auto") -> Any:
@@ -49,26 +50,32 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, kernel: str = "a
 def _insert(
     model: nn.Module,
     source: DecodedSource,
-    places: Any,
+    places: Mapping[str, Place],
     parameters: dict[str, tuple[str, ...]],
     dtype: torch.dtype,
     kernel: str,
 ) -> None:
     """Put a QuantizedLinear where a whole linear is quantized; everything else is decoded as it is filled."""
     biases = {name: source.read(name) for name in source.tensors if name.endswith(".bias")}
+    for module, path in whole_linears(model, source, places).items():
+        parent_path, _, child = path.rpartition(".")
+        stored_bias = parameters.get(path + ".bias")
+        bias = biases[stored_bias[0]].to(dtype) if stored_bias else None
+        parent = model.get_submodule(parent_path) if parent_path else model
+        setattr(parent, child, QuantizedLinear(source.quantized(module), bias, dtype=dtype, kernel=kernel))
+
+
+def whole_linears(model: Any, source: DecodedSource, places: Mapping[str, Place]) -> dict[str, str]:
+    """Quantized module on disk -> path of the linear in memory that it is the whole weight of."""
+    found: dict[str, str] = {}
     for module in source.modules:
         place = places.get(module + ".weight")
         if place is None or place.expert is not None or place.rows is not None:
             continue
-        owner_path, _, leaf = place.parameter.rpartition(".")
-        if leaf != "weight" or isinstance(model.get_submodule(owner_path), nn.Embedding):
-            continue
-        parent_path, _, child = owner_path.rpartition(".")
-        bias_name = owner_path + ".bias"
-        stored_bias = parameters.get(bias_name)
-        bias = biases[stored_bias[0]].to(dtype) if stored_bias else None
-        parent = model.get_submodule(parent_path) if parent_path else model
-        setattr(parent, child, QuantizedLinear(source.quantized(module), bias, dtype=dtype, kernel=kernel))
+        path, _, leaf = place.parameter.rpartition(".")
+        if leaf == "weight" and not isinstance(model.get_submodule(path), nn.Embedding):
+            found[module] = path
+    return found
 
 
 def _generation_config(model: Any, path: Path) -> None:

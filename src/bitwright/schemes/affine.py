@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from bitwright.core.inputs import InputScheme
 from bitwright.core.scheme import AffineCodec, Params, ParamSpec, Scheme, Tile, tile_of_columns
 from bitwright.core.tensor import parse_dtype
 from bitwright.errors import NumericError, PlanError
@@ -50,6 +51,7 @@ class Affine(Scheme):
     scale_dtype: str = "float16"
     symmetric_range: Literal["full", "narrow"] = "full"
     zero_min: int = 0
+    inputs: InputScheme | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 5, 6, 8):

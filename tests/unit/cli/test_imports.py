@@ -8,8 +8,8 @@ import pytest
 import bitwright
 
 PUBLIC = [
-    "BitwrightError", "Evaluation", "HubError", "InputError", "NumericError", "PlanError", "Recipe", "ResourceError", "Result",
-    "ResumeError", "Stopped", "VerifyError", "evaluate", "load", "quantize",
+    "BitwrightError", "Conversion", "Evaluation", "HubError", "InputError", "NumericError", "OutlierReport", "PlanError", "Recipe",
+    "ResourceError", "Result", "ResumeError", "Stopped", "VerifyError", "analyze", "convert", "evaluate", "load", "quantize",
 ]  # fmt: skip
 CODES = {
     "BitwrightError": 1, "InputError": 2, "PlanError": 2, "ResumeError": 2, "VerifyError": 3, "ResourceError": 4,

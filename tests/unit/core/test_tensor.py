@@ -58,14 +58,14 @@ def test_sizes_are_those_in_memory():
     assert TensorSpec("empty", (0, 7), torch.float32).nbytes == 0
 
 
-def test_decoding_is_the_formula_and_outliers_come_on_top():
+def test_decoding_is_the_formula_and_outliers_take_their_places():
     q = quantized()
     scale, zero = (np.repeat(q.params[name].double().numpy(), 16, axis=1) for name in ("scale", "zero"))
     wanted = (q.codes.double().numpy() - zero) * scale
     np.testing.assert_allclose(q.decode(), wanted, rtol=1e-6)
-    indices = torch.tensor([0, 33, 33, 127])  # a position may occur twice
-    with_outliers = replace(q, outliers=(indices, torch.tensor([1.0, 2.0, 3.0, -1.0], dtype=torch.float16)))
-    np.add.at(wanted.reshape(-1), indices.numpy(), [1.0, 2.0, 3.0, -1.0])
+    indices = torch.tensor([0, 33, 127])
+    with_outliers = replace(q, outliers=(indices, torch.tensor([1.0, 2.0, -1.0], dtype=torch.float16)))
+    wanted.reshape(-1)[indices.numpy()] = [1.0, 2.0, -1.0]
     np.testing.assert_allclose(with_outliers.decode(), wanted, rtol=1e-6)
 
 

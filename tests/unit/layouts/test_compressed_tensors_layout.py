@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from bitwright.core.inputs import InputScheme
 from bitwright.core.quantized import QuantizedTensor
 from bitwright.core.scheme import Limits
 from bitwright.core.tensor import TensorSpec
@@ -195,6 +196,12 @@ def test_scales_take_the_model_dtype():
         ({"bits": 5}, (8, 128), "2, 4 and 8"),
         ({"bits": 6}, (8, 128), "2, 4 and 8"),
         ({"granularity": "tensor"}, (8, 128), "per tensor"),
+        ({"bits": 8, "granularity": "tensor", "symmetric_range": "narrow"}, (8, 128), "full"),
+        ({"bits": 8, "group_size": 32, "inputs": InputScheme()}, (8, 128), "weight-only"),
+        ({"symmetric": False, "inputs": InputScheme()}, (8, 128), "weight-only"),
+        ({"inputs": InputScheme(threshold=6.0)}, (8, 128), "per token"),
+        ({"granularity": "channel", "inputs": InputScheme(number="float")}, (8, 128), "groups"),
+        ({"bits": 8, "granularity": "channel", "inputs": InputScheme(number="float")}, (8, 128), "int8 inputs"),
         ({"symmetric_range": "narrow"}, (8, 128), "full"),
         ({"group_size": 128}, (8, 192), "192"),
         ({"granularity": "channel"}, (0, 192), "empty"),
@@ -275,8 +282,9 @@ def test_padded_columns_are_read_from_the_shape_tensor():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"format": "float-quantized"}, "float-quantized"),
-        ({"format": "nvfp4-pack-quantized"}, "nvfp4"),
+        ({"format": "mxfp6-pack-quantized"}, "mxfp6"),
+        ({"format": "marlin-24"}, "marlin-24"),
+        ({"config_groups": {"group_0": {"targets": ["Linear"], "format": "sparse-24-bitmask"}}}, "sparse-24"),
         ({"config_groups": None}, "config_groups"),
         ({"config_groups": {"W4A16": ["Linear"]}}, "config_groups"),
     ],

@@ -204,7 +204,7 @@ def changed(folder: Path, target: Path, **quantization: object) -> Path:
     return target
 
 
-@pytest.mark.parametrize("method", ["awq", "bitsandbytes", "fp8", "no-such-method"])
+@pytest.mark.parametrize("method", ["hqq", "quanto", "no-such-method"])
 def test_unknown_quantizations_are_refused_by_name(folders, tmp_path, method):
     folder = changed(folders("llama")[1], tmp_path / "other", quant_method=method)
     for function in (open_checkpoint, load_model):

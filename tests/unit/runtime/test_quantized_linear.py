@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from bitwright.core.inputs import InputScheme
 from bitwright.core.quantized import QuantizedTensor
 from bitwright.errors import InputError
 from bitwright.runtime.linear import QuantizedLinear
@@ -126,8 +129,8 @@ def test_outliers_are_part_of_the_weight():
     indices, values = torch.tensor([5, 256 * 7 + 200]), torch.tensor([0.5, -0.25])
     with_outliers = QuantizedTensor(q.scheme, q.shape, q.codes, q.params, (indices, values))
     wanted = decoded64(q)
-    wanted[0, 5] += 0.5
-    wanted[7, 200] -= 0.25
+    wanted[0, 5] = 0.5
+    wanted[7, 200] = -0.25
     layer, x = QuantizedLinear(with_outliers, None, dtype=torch.float32), x_of(3, 256)
     torch.testing.assert_close(layer(x).double(), x.double() @ wanted.T, rtol=0, atol=2e-6)
 
@@ -190,3 +193,67 @@ def test_it_holds_no_more_than_packed_codes_and_parameters(scheme):
     scales = sum(p.numel() * p.itemsize for p in quantized(scheme, "bfloat16").params.values())
     assert codes + scales <= held <= codes + 3 * scales
     assert scheme.describe() in repr(layer)
+
+
+# --- quantized inputs ------------------------------------------------------------------------------------------------------
+
+W8 = {"bits": 8, "granularity": "channel", "scale_dtype": "float32"}
+
+
+def rounded64(x: torch.Tensor, *, symmetric: bool, per_token: bool) -> torch.Tensor:
+    """The textbook formula (arXiv:1712.05877, eq. 1) in float64."""
+    x = x.double()
+    low, high = (x.amin(-1, True), x.amax(-1, True)) if per_token else (x.min(), x.max())
+    if symmetric:
+        scale = torch.maximum(-low, high) / 127
+        return (x / scale).round().clamp(-128, 127) * scale
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = (high - low) / 255
+    zero = (-128 - low / scale).round().clamp(-128, 127)
+    return ((x / scale + zero).round().clamp(-128, 127) - zero) * scale
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("per_token", [True, False])
+def test_int8_inputs_follow_the_formula(kernel, symmetric, per_token):
+    inputs = InputScheme(strategy="token" if per_token else "tensor", symmetric=symmetric)
+    q = quantized(Affine(**W8, inputs=inputs), "float32")
+    x = x_of(5, 256) * 3 + 0.5
+    layer = QuantizedLinear(q, None, dtype=torch.float32, kernel=kernel)
+    assert layer.kernel == ("w8a8" if kernel == "auto" else "reference")
+    wanted = rounded64(x, symmetric=symmetric, per_token=per_token) @ decoded64(q).T
+    torch.testing.assert_close(layer(x).double(), wanted, rtol=0, atol=float(wanted.abs().max()) * 1e-4)
+
+
+def test_static_inputs_use_the_measured_range():
+    inputs = InputScheme(strategy="tensor", dynamic=False)
+    q = quantized(Affine(**W8, inputs=inputs), "float32")
+    q = replace(q, inputs=inputs.fit(-2.7, 1.0))
+    x = x_of(4, 256)
+    step = 2.7 / 127
+    wanted = ((x.double() / step).round().clamp(-128, 127) * step) @ decoded64(q).T
+    for kernel in ("auto", "reference"):
+        found = QuantizedLinear(q, None, dtype=torch.float32, kernel=kernel)(x).double()
+        torch.testing.assert_close(found, wanted, rtol=0, atol=float(wanted.abs().max()) * 1e-4)
+
+
+def test_outlier_columns_are_computed_in_full():
+    """LLM.int8: with one column of huge inputs taken out, the others keep their resolution."""
+    x = x_of(6, 256)
+    x[2, 17] = 400.0
+    results = {}
+    for threshold in (0.0, 6.0):
+        q = quantized(Affine(**W8, inputs=InputScheme(threshold=threshold)), "float32")
+        exact = x.double() @ decoded64(q).T
+        found = QuantizedLinear(q, None, dtype=torch.float32)(x).double()
+        results[threshold] = float(
+            (found - exact).square().mean().sqrt() / exact[[0, 1, 3, 4, 5]].square().mean().sqrt()
+        )
+        inner = x.clone()
+        inner[:, 17] = 0
+        if threshold:
+            wanted = rounded64(inner, symmetric=True, per_token=True) @ decoded64(q).T
+            wanted += x[:, 17:18].double() @ decoded64(q)[:, 17:18].T
+            torch.testing.assert_close(found, wanted, rtol=0, atol=float(wanted.abs().max()) * 1e-5)
+    assert results[6.0] < 0.1 * results[0.0]

@@ -1,0 +1,1 @@
+"""Transforms: function-preserving rewrites that come before the method."""
