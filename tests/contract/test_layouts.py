@@ -224,8 +224,8 @@ def test_damaged_files_are_refused_with_the_tensor_named(layout):
             continue  # the first AutoGPTQ files have none
         with pytest.raises(InputError, match=name.rpartition(".")[2]):
             layout.unpack(NAME, scheme, shape, {n: t for n, t in stored.items() if n != name})
+        cut = stored[name][:1] if stored[name].dim() else stored[name][None]
         with pytest.raises(InputError, match=name.rpartition(".")[2]):
-            cut = stored[name][:1] if stored[name].dim() else stored[name][None]
             layout.unpack(NAME, scheme, shape, stored | {name: cut})
 
 

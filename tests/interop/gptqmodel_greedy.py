@@ -42,16 +42,21 @@ def greedy(model: Any, prompts: torch.Tensor, tokens: int) -> tuple[torch.Tensor
 def examine(arguments: argparse.Namespace, folder: Path, prompts: torch.Tensor) -> dict[str, Any]:
     """What GPTQModel makes of one folder; its tensors go to a file."""
     from gptqmodel import BACKEND, GPTQModel
+    from transformers import AutoModelForCausalLM
 
+    dtype = getattr(torch, arguments.dtype)
     try:
-        loaded = GPTQModel.load(
-            str(folder), device="cpu", backend=BACKEND(arguments.backend), dtype=getattr(torch, arguments.dtype)
-        )
+        if arguments.backend == "transformers":
+            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, device_map="cpu").eval()
+        else:
+            model = GPTQModel.load(str(folder), device="cpu", backend=BACKEND(arguments.backend), dtype=dtype).model
     except Exception as error:
         return {"refused": f"{type(error).__name__}: {error}"}
-    modules = {name: module for name, module in loaded.model.named_modules() if hasattr(module, "qweight")}
-    tensors = {f"weight:{name}": dequantized(module) for name, module in modules.items()}
-    tokens, tensors["logits"] = greedy(loaded.model, prompts, arguments.tokens)
+    modules = {name: module for name, module in model.named_modules() if hasattr(module, "qweight")}
+    tensors = {}
+    if arguments.backend != "transformers":  # whose kernels have no decoder of their own
+        tensors = {f"weight:{name}": dequantized(module) for name, module in modules.items()}
+    tokens, tensors["logits"] = greedy(model, prompts, arguments.tokens)
     save_file(tensors, arguments.tensors / f"{folder.name}.safetensors")
     return {"kernels": sorted({type(module).__name__ for module in modules.values()}), "tokens": tokens.tolist()}
 
@@ -62,7 +67,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True, help="JSON file: lists of token ids, all of one length")
     parser.add_argument("--tokens", type=int, default=32, help="tokens to generate after each prompt")
     parser.add_argument("--dtype", default="float16")
-    parser.add_argument("--backend", default="gptq_torch", help="gptqmodel.BACKEND; auto is what a plain load takes")
+    parser.add_argument(
+        "--backend", default="gptq_torch", help="gptqmodel.BACKEND, or transformers: its from_pretrained"
+    )
     parser.add_argument("--tensors", type=Path, required=True, help="folder")
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()

@@ -29,8 +29,8 @@ def folders(checkpoint, tmp_path_factory):
     return made
 
 
-def examine(folders, prompts_file, tensors):
-    options = ("--backend", "awq_torch", "--prompts", prompts_file, "--tensors", tensors)
+def examine(folders, prompts_file, tensors, backend="awq_torch"):
+    options = ("--backend", backend, "--prompts", prompts_file, "--tensors", tensors)
     return venvs.run("gptqmodel", "gptqmodel_greedy.py", "--models", *folders, *options)
 
 
@@ -64,6 +64,17 @@ def test_gptqmodel_decodes_the_same_weights_and_chooses_the_same_tokens(name, fo
     assert difference < 0.1
     assert result.different == 0
     assert result.compared > result.positions / 2
+
+
+def test_transformers_with_gptqmodel_chooses_the_same_tokens(folders, prompts_file, prompts, tmp_path, report):
+    """Per channel it takes a kernel on the CPU that knows groups of 32 to 256 alone, and fails in the first product."""
+    wanted = [name for name in (*LOADS, CONVERTED) if name != "awq-4-channel"]
+    found = examine([folders[name] for name in wanted], prompts_file, tmp_path, backend="transformers")["models"]
+    for name in wanted:
+        assert "refused" not in found[name], found[name]["refused"]
+        result = agreement(folders[name], prompts, found[name]["tokens"], torch.float16, KERNEL)
+        report(f"{name}: {result}; {found[name]['kernels']}")
+        assert result.different == 0
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])

@@ -88,6 +88,8 @@ def test_a_checkpoint_that_transformers_saved_is_read(eight, checkpoint, tmp_pat
     assert torch.equal(*logits)
 
 
+# peft 0.21.2 uses names that transformers 5.23 has changed.
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 def test_a_lora_adapter_trains_on_the_nf4_file(checkpoint, prompts, report):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)

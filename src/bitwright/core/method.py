@@ -121,6 +121,11 @@ class Method(ABC):
         """Names of the statistics that it wants ("gram", "drift"); empty for data-free methods."""
         return frozenset()
 
+    @property
+    def feeds_back(self) -> bool:
+        """True where later columns absorb the error of earlier ones, so that a column's own error costs less than its H_jj says."""
+        return False
+
     def accepts(self, scheme: Scheme) -> str | None:
         """None where it can serve a scheme, else the reason why not. Default: every scheme whose outliers it keeps."""
         if has_outliers(scheme) and not self.keeps_outliers:

@@ -73,6 +73,7 @@ class ConsumerView:
 
     weight: ``(out, in)`` float32; channel: as in ``Consumer``; stats: of its input, by name (those that the transform needs, and "gram"),
     with a count of 0 where no token reached it and empty where it stays as it is; scheme: what it will be quantized to, or None.
+    feedback: by a method that feeds errors back (``Method.feeds_back``).
     """
 
     name: str
@@ -80,6 +81,7 @@ class ConsumerView:
     channel: torch.Tensor
     stats: Mapping[str, Statistic]
     scheme: Scheme | None
+    feedback: bool = False
 
     def per_channel(self, values: torch.Tensor, channels: int, reduce: Literal["amax", "mean"]) -> torch.Tensor:
         """``(columns,)`` values brought to the edge's channels: ``(channels,)``; several columns of a channel are reduced."""

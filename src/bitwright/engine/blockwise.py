@@ -25,9 +25,8 @@ from bitwright.engine.journal import Commit, Journal
 from bitwright.engine.kv_cache import KvRange
 from bitwright.engine.plan import Plan, PlanEntry
 from bitwright.engine.progress import Progress
-from bitwright.engine.recipe import make_method
 from bitwright.engine.rewrite import RewrittenSource
-from bitwright.engine.tensors import TensorWork
+from bitwright.engine.tensors import TensorWork, without_statistics
 from bitwright.engine.transforming import EDGE_TOKENS, PROBE_TOKENS, BlockTransforms, Samples
 from bitwright.errors import NumericError, ResumeError
 from bitwright.model.blocks import BlockCall, BlockRunner, Capture
@@ -266,7 +265,7 @@ class Blockwise:
                 given.pop("residual_drift", None)
             few = unit.role == "expert" and tokens < self._plan.recipe.min_expert_tokens
             few = few and bool(entry.method.needs) and entry.method.name != "search"
-            method: Method = make_method("search", {}) if few else entry.method
+            method: Method = without_statistics(entry) if few else entry.method
             outcome = work.quantize(entry, method, given)
             if few:
                 outcome = replace(outcome, fallback=f"search: only {tokens} tokens reached this expert")

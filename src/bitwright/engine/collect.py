@@ -270,7 +270,7 @@ def collect(
         last = number == batch_count - 1 and 1 < batch_count < _HELD_OUT_EVERY
         collector.held_out = _HELD_OUT in extra and (number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 or last)
         seen = None
-        if original is not None and batch.original is not None:
+        if original is not None and batch.original is not None and not collector.held_out:
             seen = _Inputs(groups)
             with InputObserver(_watched(original, seen.of_slot), seen.on_input, seen.on_sum):
                 BlockRunner.run(original, batch.original, batch.call)

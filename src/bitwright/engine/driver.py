@@ -19,8 +19,7 @@ from bitwright.engine.journal import Commit, Journal
 from bitwright.engine.memory import release_free_memory
 from bitwright.engine.plan import Plan, PlanEntry
 from bitwright.engine.progress import Progress
-from bitwright.engine.recipe import make_method
-from bitwright.engine.tensors import TensorWork
+from bitwright.engine.tensors import TensorWork, without_statistics
 
 __all__ = ["Driver"]
 
@@ -94,7 +93,7 @@ class Driver:
             if entry.action == "quantize":
                 assert entry.method is not None
                 data_free = not entry.method.needs or entry.method.name == "search"
-                outcome = work.quantize(entry, entry.method if data_free else make_method("search", {}), {})
+                outcome = work.quantize(entry, entry.method if data_free else without_statistics(entry), {})
                 if not data_free:
                     outcome = replace(outcome, fallback="search: there are no statistics outside the blocks")
                 work.store(entry, outcome, 0)

@@ -258,8 +258,9 @@ def _compare(value: torch.Tensor, stored: torch.Tensor, what: str, lossy: bool) 
             mend="use --layout native, or --layout dense",
         )
     if not lossy:
+        own = str(value.dtype).removeprefix("torch.")
         raise PlanError(
             f"{count} of {value.numel()} scales are not exact in {what} (by up to {worst:.1e})",
-            mend="--lossy rounds them; where the layout wants scales in the model's dtype, --dtype float16 keeps them",
+            mend=f"--lossy rounds them; where the layout wants scales in the model's dtype, --dtype {own} keeps them",
         )
     return worst

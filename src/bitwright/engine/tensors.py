@@ -16,9 +16,10 @@ from bitwright.core.method import Context, Method, Outcome
 from bitwright.core.quantized import QuantizedTensor
 from bitwright.core.source import Sink, Source
 from bitwright.engine.plan import Plan, PlanEntry
+from bitwright.engine.recipe import make_method
 from bitwright.errors import InputError, NumericError
 
-__all__ = ["CHUNK_ELEMENTS", "TensorWork", "bytes_of", "decoded_hash", "in_pieces"]
+__all__ = ["CHUNK_ELEMENTS", "TensorWork", "bytes_of", "decoded_hash", "in_pieces", "without_statistics"]
 
 #: Kept tensors are copied, and row-wise methods run, in pieces of at most this many elements.
 CHUNK_ELEMENTS = 4 * 1024 * 1024
@@ -52,6 +53,14 @@ def in_pieces(entry: PlanEntry) -> bool:
     if scheme.tile.rows != 1 or scheme.two_level or scheme.shares or scheme.outlier_count((rows, columns)):
         return False
     return not entry.unit.transposed and rows * columns > CHUNK_ELEMENTS
+
+
+def without_statistics(entry: PlanEntry) -> Method:
+    """The method that takes over where there are no statistics: ``search``, or the entry's own where only that serves the scheme."""
+    assert entry.method is not None
+    assert entry.scheme is not None
+    search = make_method("search", {})
+    return search if search.accepts(entry.scheme) is None else entry.method
 
 
 @dataclass

@@ -76,7 +76,9 @@ class BlockTransforms:
         )
         for line in left:
             self._tell(f"not folded: {line}")
-        work = _Block(self, index, block, exact, source, {e.tensor: e for e in entries if e.action == "quantize"}, batches)
+        work = _Block(
+            self, index, block, exact, source, {e.tensor: e for e in entries if e.action == "quantize"}, batches
+        )
         for transform in self.plan.transforms:
             assert isinstance(transform, BlockTransform)
             work.apply(transform, edges, samples.probe)
@@ -187,6 +189,7 @@ class _Block:
                         name=tensor, weight=weight, channel=consumer.channel,
                         stats=stats.get((consumer.weight, consumer.expert), {}),
                         scheme=entry.scheme if entry is not None else None,
+                        feedback=entry is not None and entry.method is not None and entry.method.feeds_back,
                     )
                 )  # fmt: skip
                 attention = attention or bool(role_of(tensor.removesuffix(".weight"), "linear") & _ATTENTION)

@@ -7,8 +7,8 @@ rest,
 
 so that a method that fits the noise of a short text does not win by that. Where the drift between the original and the half-quantized
 model was measured, the output that should be preserved is the original model's (see ``gptq``), and ``2 tr(E (W D + R)ᵀ)`` joins the
-error; D and R come from the part of the text that the candidates saw, scaled to the number of held-out tokens. A term that is the same
-for all candidates is left away, so that this figure may be negative.
+error. D and R are the held-out tokens' where they were collected, else those of the other tokens, scaled to the number of held-out
+ones. A term that is the same for all candidates is left away, so that this figure may be negative.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import torch
 
 from bitwright.core.method import Context, Method, Outcome, Stats
 from bitwright.core.scheme import Scheme
-from bitwright.core.stats import CrossGram, Gram
+from bitwright.core.stats import CrossGram, Gram, Statistic
 from bitwright.errors import InputError, PlanError
 
 __all__ = ["METHOD", "Auto"]
 
-#: The statistic that candidates do not see: a Gram matrix over the rest of the calibration text.
-HELD_OUT = "gram_heldout"
+#: Statistics that candidates do not see, over the rest of the calibration text: the Gram matrix, and the drifts where there are any.
+HELD_OUT, _DRIFT_HELD_OUT, _RESIDUAL_HELD_OUT = "gram_heldout", "drift_heldout", "residual_drift_heldout"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Auto(Method):
         return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
     def quantize(self, w: torch.Tensor, stats: Stats, scheme: Scheme, context: Context) -> Outcome:
-        seen = {name: value for name, value in stats.items() if name != HELD_OUT}
+        seen = _seen(stats)
         serving = [method for method in self._methods() if method.accepts(scheme) is None]
         if not serving:
             raise PlanError(f"no candidate serves {scheme.describe()}", mend="name other candidates")
@@ -120,13 +120,27 @@ class _Judge:
 
 def _pull(w: torch.Tensor, stats: Stats, tokens: int) -> torch.Tensor | None:
     """W D + R for this many tokens, ``(rows, columns)``, or None where no drift was measured."""
-    drift, residual = stats.get("drift"), stats.get("residual_drift")
-    if not isinstance(drift, CrossGram) or drift.count == 0:
-        return None
-    pull = (w @ drift.matrix).mul_(tokens / drift.count)
-    if isinstance(residual, CrossGram) and residual.count:
-        pull += residual.matrix * (tokens / residual.count)
+    pull: torch.Tensor | None = None
+    for held_out, name in ((_DRIFT_HELD_OUT, "drift"), (_RESIDUAL_HELD_OUT, "residual_drift")):
+        found = next((s for s in (stats.get(held_out), stats.get(name)) if isinstance(s, CrossGram) and s.count), None)
+        if found is None:
+            continue
+        part = (w @ found.matrix if name == "drift" else found.matrix) * (tokens / found.count)
+        pull = part if pull is None else pull + part
     return pull
+
+
+def _seen(stats: Stats) -> dict[str, Statistic]:
+    """What candidates may see. Drift over more tokens than the Gram matrix would correct too much: it is scaled to as many."""
+    seen = {name: value for name, value in stats.items() if name not in (HELD_OUT, _DRIFT_HELD_OUT, _RESIDUAL_HELD_OUT)}
+    gram = seen.get("gram")
+    for name, value in seen.items():
+        if isinstance(gram, Gram) and gram.count and isinstance(value, CrossGram) and value.count > gram.count:
+            scaled = CrossGram(value.columns, rows=value.rows)
+            scaled.matrix = value.matrix * (gram.count / value.count)
+            scaled.count = gram.count
+            seen[name] = scaled
+    return seen
 
 
 def _inner(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -60,6 +60,10 @@ class Gptq(Method):
     correct_drift: bool = True
 
     @property
+    def feeds_back(self) -> bool:
+        return True
+
+    @property
     def needs(self) -> frozenset[str]:
         return frozenset({"gram", "drift"}) if self.correct_drift else frozenset({"gram"})
 

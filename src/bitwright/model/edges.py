@@ -119,7 +119,7 @@ class _FirstToken(_Recorder):
         if torch.equal(first, wanted.x[:1]):
             return x
         channel = self._ladder.match(first, wanted.x[:1])
-        self.channels = channel[channel >= 0].unique() if channel is not None else None
+        self.channels = torch.unique(channel[channel >= 0]) if channel is not None else None
         raise _Broken
 
 
@@ -351,10 +351,12 @@ def _usable(consumers: dict[Slot, torch.Tensor], channels: int) -> tuple[torch.T
     for channel in consumers.values():
         reached += torch.bincount(channel[channel >= 0], minlength=channels)
     alive = reached > 0
-    if len(reached[alive].unique()) > 1:
+    if len(torch.unique(reached[alive])) > 1:
         return None
     number = torch.where(alive, alive.cumsum(0) - 1, torch.full_like(reached, _NONE))
-    kept = {slot: torch.where(c >= 0, number[c.clamp_min(0)], torch.full_like(c, _NONE)) for slot, c in consumers.items()}
+    kept = {
+        slot: torch.where(c >= 0, number[c.clamp_min(0)], torch.full_like(c, _NONE)) for slot, c in consumers.items()
+    }
     return alive.nonzero().flatten(), kept
 
 

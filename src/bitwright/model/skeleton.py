@@ -54,8 +54,9 @@ class Skeleton:
 def build_skeleton(path: Path, *, dtype: torch.dtype | None = None, untied: bool = False) -> Skeleton:
     """The skeleton of the checkpoint in ``path``, from its config.json alone.
 
-    dtype: dtype of the parameters (default: the config's). untied: embeddings and head are two tensors, whatever the config says. Raises InputError where transformers does not know the
-    architecture or no decoder blocks can be found; the data-free methods do not need a skeleton.
+    dtype: dtype of the parameters (default: the config's). untied: embeddings and head are two tensors, whatever the config says. Raises
+    InputError where transformers does not know the architecture or no decoder blocks can be found; the data-free methods do not need
+    a skeleton.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-__all__ = ["FP4", "FP4_ORDER", "NF4", "dynamic_map", "fit_table", "middles"]
+__all__ = ["FINE", "FP4", "FP4_ORDER", "NF4", "dynamic_codes", "dynamic_map", "fit_table", "middles"]
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -27,6 +27,9 @@ FP4 = (*(-value for value in reversed(_FP4_HALF[1:])), 0.0, *_FP4_HALF)
 #: positive values.
 FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
 
+#: bitsandbytes' CPU quantizer of 8 bits rounds to this many numbers from -1 to 1 before it takes the nearest entry of the map, so that
+#: a value near a border, or smaller than half a step of this grid, may get a neighbour.
+FINE = 65536
 #: A sample of this many values decides a fitted table.
 _SAMPLE = 1 << 18
 _ROUNDS = 300
@@ -55,6 +58,13 @@ def dynamic_map() -> torch.Tensor:
         steps = (10 ** (decade - 6) * ((borders[:-1] + borders[1:]) / 2.0)).tolist()
         values += [*steps, *(-step for step in steps)]
     return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+@cache
+def dynamic_codes() -> torch.Tensor:
+    """The code of each of ``FINE`` evenly spaced numbers from -1 to 1, both included: ``(FINE,)`` uint8."""
+    grid = torch.arange(FINE, dtype=torch.float32) * (2.0 / (FINE - 1)) - 1
+    return torch.bucketize(grid, middles(dynamic_map()), out_int32=True).to(torch.uint8)
 
 
 def fit_table(tensors: Sequence[torch.Tensor], block_size: int, levels: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from torch.nn import functional
 from bitwright.core.linalg import one_thread
 from bitwright.core.scheme import Limits, Params, ParamSpec, Scheme, TableCodec, Tile, tile_of_columns
 from bitwright.errors import InputError, NumericError, PlanError
-from bitwright.schemes._books import FP4, NF4, dynamic_map, fit_table, middles
+from bitwright.schemes._books import FINE, FP4, NF4, dynamic_codes, dynamic_map, fit_table, middles
 
 __all__ = ["NESTED", "SCHEME", "TINY", "Codebook"]
 
@@ -30,8 +30,6 @@ __all__ = ["NESTED", "SCHEME", "TINY", "Codebook"]
 NESTED = 256
 #: bitsandbytes divides by no smaller magnitude.
 TINY = 1e-38
-#: bitsandbytes' CPU quantizer of 8 bits rounds to this many evenly spaced numbers from -1 to 1 before it takes the nearest entry.
-_FINE = 65536
 _BOOKS = {"nf4": NF4, "fp4": FP4}
 
 
@@ -181,18 +179,16 @@ class Codebook(Scheme):
         if not self.double_quant or "offset" in params:
             return {**params, **table}
         absmax = params["absmax"].reshape(-1)
-        with one_thread():
+        with one_thread():  # the mean's last bit depends on how many there are
             offset = absmax.mean()
-        rest = absmax - offset
-        blocks = functional.pad(rest, (0, -len(rest) % NESTED)).view(-1, NESTED)
-        nested = blocks.abs().amax(1)
-        x = blocks * (1.0 / nested.clamp_min(TINY)).unsqueeze(1)
-        half = (_FINE - 1) / 2
-        x = ((x + 1) * half + 0.5).floor_().clamp_(0, _FINE - 1) * (2.0 / (_FINE - 1)) - 1
-        codes = torch.bucketize(x, middles(dynamic_map()), out_int32=True).to(torch.uint8)
-        codes[nested == 0] = 0
-        codes = codes.reshape(-1)[: len(rest)].view(self.grid(shape))
-        return {"absmax": codes, "nested_absmax": nested, "offset": offset.view(1), **table}
+            blocks = functional.pad(absmax - offset, (0, -len(absmax) % NESTED)).view(-1, NESTED)
+            nested = blocks.abs().amax(1, keepdim=True)
+            x = blocks * (1.0 / nested.clamp_min(TINY))
+            cells = ((x + 1) * ((FINE - 1) / 2) + 0.5).clamp_(0, FINE - 1).int()
+            codes = dynamic_codes().index_select(0, cells.view(-1)).view(cells.shape)
+            codes.masked_fill_(nested == 0, 0)
+        codes = codes.view(-1)[: len(absmax)].view(self.grid(shape))
+        return {"absmax": codes, "nested_absmax": nested.view(-1), "offset": offset.view(1), **table}
 
     def refit(self, w: torch.Tensor, codes: torch.Tensor, params: Params, *, weights: torch.Tensor | None) -> Params:
         """The magnitude that minimises ``sum_i weights_i (w_i - table[code_i] absmax)²``: least squares, weighed."""

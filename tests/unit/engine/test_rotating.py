@@ -61,6 +61,49 @@ def test_logits_stay_the_same_in_every_architecture(kind, model, tmp_path):
     assert matrices <= moved
 
 
+_SMALL = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+#: what the zoo does not have: norms of 1 + w without a norm behind, norms without weights, parallel blocks with scaled logits, latent
+#: attention beside dense and expert blocks, experts stored as 3-D tensors with biases of their own, a shared expert with a gate, scaled
+#: residuals, recurrent blocks
+OTHERS = {
+    "gemma": ("GemmaConfig", {**_SMALL, "head_dim": 16}),
+    "olmo": ("OlmoConfig", _SMALL),
+    "cohere": ("CohereConfig", _SMALL),
+    "deepseek_v3": ("DeepseekV3Config", {
+        **_SMALL, **_EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 24,
+        "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_shared_experts": 1}),
+    "gpt_oss": ("GptOssConfig", {**_SMALL, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("Qwen2MoeConfig", {**_SMALL, **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 48}),
+    "granite": ("GraniteConfig", {**_SMALL, "residual_multiplier": 0.5, "embedding_multiplier": 3.0, "logits_scaling": 2.0}),
+    "mamba2": ("Mamba2Config", {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 16,
+                                "n_groups": 1, "state_size": 16}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(OTHERS))
+@pytest.mark.filterwarnings("ignore:.*fast path is not available.*")
+def test_logits_stay_the_same_in_other_architectures_too(name, tmp_path):
+    import transformers
+
+    class_name, arguments = OTHERS[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, class_name)(**arguments)).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "model")
+    tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(5))
+    with open_source(tmp_path / "model") as source:
+        rotated, _ = rotated_source(source, Rotate(), seed=1)
+        written = _written(rotated, tmp_path / "out")
+    expected, found = _logits(tmp_path / "model", tokens), _logits(written, tokens)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
 def test_norms_multiply_by_one_afterwards(model):
     _, folder = model
     with open_source(folder) as source:
