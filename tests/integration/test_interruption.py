@@ -266,7 +266,7 @@ def test_resume_after_a_change_lists_the_differences(stopped, forker, llama, tex
     file = changed_model / "model.safetensors"
     _flip(file, file.stat().st_size - 1)
     cases = [
-        ([*arguments, "--bits", "3"], ["recipe bits: was 4, is 3"]),
+        ([*arguments, "--bits", "3"], ["recipe bits: was null, is 3"]),
         ([*arguments, "--seed", "1"], ["recipe seed: was 0, is 1"]),
         ([*arguments, "--calibration", changed_text], ["calibration tokens: was", "recipe calibration: was"]),
         (["quantize", changed_model, *arguments[2:]], ["model file model.safetensors: was"]),

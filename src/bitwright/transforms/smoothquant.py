@@ -21,6 +21,13 @@ Integers with the step d (a scale; per tensor (max - min) / 255 or max / 127 of 
 more than the mean of z_j^2, which is the error of a column that rounds to zero. Floats with m bits of mantissa: the relative error of a
 number whose mantissa is spread like 1 / mantissa has the mean square 2^(-2 m) / 12 * 3 / (8 ln 2); below the normal numbers the step is
 that of the smallest ones. For scales that follow each token the largest token's is taken, which overstates v.
+
+Static ranges end where the calibration tokens ended, and what lies beyond is clipped. Calibration tokens are not, so this part has to be
+expected: the larger alpha, the more columns come near the common limit. Magnitudes beyond u are taken to be as rare as
+P(u) = exp(-L (u / M)^k), which is 1 / T at the largest magnitude M seen (L = ln T), with k such that E[x^2] is right:
+M^2 / E[x^2] = L^(2 / k) / Gamma(1 + 2 / k). Beyond u they fall off over u / (k L (u / M)^k) =: r, and v_j grows by
+
+    E[(|x_j| - u)^2 above u]  ~  2 r^2 P(u)
 """
 
 from __future__ import annotations
@@ -45,6 +52,8 @@ _SMALLEST = 1e-5
 _MANTISSA = 3 / (8 * math.log(2))
 #: Bits of mantissa and exponent of the smallest normal number: float8 e4m3 and float4 e2m1.
 _FLOATS = {8: (3, -6), 4: (1, 0)}
+#: Exponents k of tails: heavier than exponential (1), as far as one extreme value should be believed, to lighter than Gaussian (2).
+_TAILS = torch.linspace(0.7, 4.0, 67)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,27 +109,57 @@ def smoothed(x: torch.Tensor, w: torch.Tensor, alpha: float) -> torch.Tensor:
     return torch.where((x > 0) & (w > 0), factors, torch.ones_like(factors))
 
 
-def rounding_variance(
-    inputs: InputScheme, low: torch.Tensor, high: torch.Tensor, mean_square: torch.Tensor
+def input_variance(
+    inputs: InputScheme, low: torch.Tensor, high: torch.Tensor, mean_square: torch.Tensor, tokens: int
 ) -> torch.Tensor:
-    """Mean squared error of rounding inputs, column by column: all ``(columns,)``.
+    """Mean squared error of rounding and clipping inputs, column by column: ``(columns,)``.
 
-    low, high: smallest and largest value of each column; mean_square: E[z²].
+    low, high: smallest and largest value of each column among ``tokens``; mean_square: E[z²]; all ``(columns,)``.
 
-    >>> rounding_variance(InputScheme(), torch.tensor([-127.0]), torch.tensor([12.0]), torch.tensor([100.0])).tolist()
-    [0.0833333358168602]
+    >>> dynamic, seen = InputScheme(), torch.tensor([127.0, 0.1])
+    >>> [round(value, 4) for value in input_variance(dynamic, -seen, seen, seen.square() / 4, 1000).tolist()]
+    [0.0833, 0.0025]
     """
     shape = (-1, inputs.group_size) if inputs.group_size is not None else (1, -1)
-    low, high = low.clamp_max(0).view(shape).amin(1), high.clamp_min(0).view(shape).amax(1)
-    scale = (torch.maximum(-low, high) / inputs.largest) if inputs.symmetric else (high - low) / 255
-    step = scale.repeat_interleave(len(mean_square) // len(scale))
+    least, most = low.clamp_max(0).view(shape).amin(1), high.clamp_min(0).view(shape).amax(1)
+    if inputs.symmetric:
+        most = torch.maximum(-least, most)
+        least = -most
+    scale = most / inputs.largest if inputs.symmetric else (most - least) / 255
+    step, least, most = (part.repeat_interleave(len(low) // len(part)) for part in (scale, least, most))
     if inputs.number == "int":
         variance = step.square() / 12
     else:
         bits, smallest = _FLOATS[inputs.bits]
         relative = 2.0 ** (-2 * bits) / 12 * _MANTISSA
         variance = torch.maximum((step * 2.0 ** (smallest - bits)).square() / 12, relative * mean_square)
-    return torch.minimum(variance, mean_square)
+    variance = torch.minimum(variance, mean_square)
+    if inputs.dynamic:
+        return variance
+    above = clipping_variance(most, high.clamp_min(0), mean_square, tokens)
+    return variance + above + clipping_variance(-least, (-low).clamp_min(0), mean_square, tokens)
+
+
+def clipping_variance(
+    limit: torch.Tensor, largest: torch.Tensor, mean_square: torch.Tensor, tokens: int
+) -> torch.Tensor:
+    """Mean squared error of clipping unseen values at ``limit``, when ``tokens`` seen ones reached ``largest``: all ``(columns,)``.
+
+    A tail that falls off exponentially, ``E[x²] = 2``, has ``largest = ln T``; what it loses at that limit is 2 / T:
+
+    >>> seen = torch.tensor([math.log(1000)])
+    >>> round(1000 * float(clipping_variance(seen, seen, torch.tensor([2.0]), 1000)), 2)
+    2.0
+    """
+    log = math.log(max(tokens, 3))
+    spread = log ** (1 / _TAILS) / torch.lgamma(1 + 2 / _TAILS).div(2).exp()
+    seen = largest / mean_square.clamp_min(1e-30).sqrt()
+    # The wider the seen values are spread, the heavier the tail; spread falls with k.
+    at = torch.searchsorted(-spread, -seen).clamp_max(len(_TAILS) - 1)
+    power = _TAILS[at]
+    depth = log * (limit / largest.clamp_min(1e-30)).pow(power)
+    lost = 2 * (limit / (power * depth.clamp_min(1e-30))).square() * (-depth).exp()
+    return torch.where(largest > 0, lost, torch.zeros_like(lost))
 
 
 class _Sampled:
@@ -145,7 +184,7 @@ class _Sampled:
         if self.scheme.inputs is not None:
             seen, count = _range(self.view), self.gram.count
             mean_square = self.gram.mean_square / scales.square()
-            variance = rounding_variance(self.scheme.inputs, seen.low / scales, seen.high / scales, mean_square)
+            variance = input_variance(self.scheme.inputs, seen.low / scales, seen.high / scales, mean_square, count)
             error += count * (variance.double() @ rounded.double().square().sum(0))
         return float(error) / self.share
 
