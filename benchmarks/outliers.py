@@ -29,6 +29,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "w8a8 static, smoothquant 0.5": {**W8A8, "transforms": ["smoothquant"]},
     "w8a8 static, smoothquant 0.8": {**W8A8, "transforms": [{"name": "smoothquant", "alpha": 0.8}]},
     "w8a8 static, smoothquant search": {**W8A8, "transforms": [{"name": "smoothquant", "alpha": "search"}]},
+    "w8a8 static, smoothquant search, all edges": {
+        **W8A8,
+        "transforms": [{"name": "smoothquant", "alpha": "search", "linears": True}],
+    },
     "w8a8 token": {**W8A8, "inputs": "int8-token"},
     **{
         f"{'awq + ' if awq else ''}{method} int{bits}": {

@@ -73,7 +73,7 @@ class ConsumerView:
 
     weight: ``(out, in)`` float32; channel: as in ``Consumer``; stats: of its input, by name (those that the transform needs, and "gram"),
     with a count of 0 where no token reached it and empty where it stays as it is; scheme: what it will be quantized to, or None.
-    feedback: by a method that feeds errors back (``Method.feeds_back``).
+    feedback: by a method that feeds errors back (``Method.feeds_back``). searched: ranges are searched, not taken from the extremes.
     """
 
     name: str
@@ -82,6 +82,7 @@ class ConsumerView:
     stats: Mapping[str, Statistic]
     scheme: Scheme | None
     feedback: bool = False
+    searched: bool = True
 
     def per_channel(self, values: torch.Tensor, channels: int, reduce: Literal["amax", "mean"]) -> torch.Tensor:
         """``(columns,)`` values brought to the edge's channels: ``(channels,)``; several columns of a channel are reduced."""

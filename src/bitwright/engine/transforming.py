@@ -190,6 +190,7 @@ class _Block:
                         stats=stats.get((consumer.weight, consumer.expert), {}),
                         scheme=entry.scheme if entry is not None else None,
                         feedback=entry is not None and entry.method is not None and entry.method.feeds_back,
+                        searched=entry is not None and entry.method is not None and bool(entry.method.needs),
                     )
                 )  # fmt: skip
                 attention = attention or bool(role_of(tensor.removesuffix(".weight"), "linear") & _ATTENTION)

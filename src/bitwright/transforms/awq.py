@@ -6,7 +6,7 @@ Column j of the consumers is multiplied by s_j and the producer's channel j divi
     s_j = a_j^alpha / b_j^(1 - alpha)     b_j: mean over the consumers' rows of |w_ij| / max of its group (AutoAWQ's duo scaling)
 
 brought to sqrt(max s min s) = 1. All exponents of a grid are tried, with and without b, and no scaling at all. What a candidate costs is
-measured with the rounded weight ``W' = Q(W S) S⁻¹``, its ranges clipped group by group as the search after it will do:
+measured with the rounded weight ``W' = Q(W S) S⁻¹``, its ranges clipped group by group where the method after it will do so:
 
     tr((W' - W) H (W' - W)ᵀ)              H: Gram matrix of the consumers' input, summed over the consumers
 
@@ -43,8 +43,9 @@ _DAMPING = 0.1
 @dataclass(frozen=True, kw_only=True)
 class Awq(BlockTransform):
     """grid: exponents alpha = 1/grid .. (grid - 1)/grid. duo: try the normalisation by weights too. clips: ranges tried for each group
-    while candidates are compared, from 1 down to 0.6. rows: of each weight, evenly spaced, that the linear loss looks at. block_output:
-    compare queries, keys and values by the block's true output; without, by the linear loss as everything else.
+    while candidates are compared, from 1 down to 0.6, where the method searches ranges. rows: of each weight, evenly spaced, that the
+    linear loss looks at. block_output: compare queries, keys and values by the block's true output; without, by the linear loss as
+    everything else.
     """
 
     name: ClassVar[str] = "awq"
@@ -118,13 +119,14 @@ class _Scored:
         assert isinstance(gram, Gram)
         self.view, self.scheme, self.gram = view, view.scheme, gram
         # Only where rows do not share parameters, which a part of them would not have.
-        every = -(-len(view.weight) // rows) if rows is not None and view.scheme.tile.rows == 1 else 1
+        alone = view.scheme.by_rows((view.weight.shape[0], view.weight.shape[1]))
+        every = -(-len(view.weight) // rows) if rows is not None and alone else 1
         self.weight = view.weight[::every]
         if view.feedback and id(gram) not in left:
             left[id(gram)] = _left_by_feedback(gram.matrix)
         #: what an error in each column costs: ``(columns,)``, per token or not is all the same
         self.importance = left.get(id(gram), gram.matrix.diagonal())
-        self.clips = [1.0 - 0.4 * step / max(clips - 1, 1) for step in range(clips)]
+        self.clips = [1.0 - 0.4 * step / max(clips - 1, 1) for step in range(clips if view.searched else 1)]
 
     def rounded(self, factors: torch.Tensor) -> torch.Tensor:
         """``Q(W S) S⁻¹``: the weight that the consumer would have."""
@@ -159,14 +161,12 @@ def _clipped(w: torch.Tensor, scheme: Scheme, importance: torch.Tensor, clips: S
     """Of ranges shrunk by every clip, per tile that with the least squared error weighted by ``importance`` ``(columns,)``."""
     shape = (w.shape[0], w.shape[1])
     context = scheme.prepare([w])
-    if len(clips) == 1 or scheme.tile.rows != 1:
+    if len(clips) == 1:
         return scheme.finish(scheme.fit(w, context=context), shape)
-    span = scheme.span(shape[1])
     best: Params | None = None
     least = torch.empty(0)
     for params in scheme.clipped(w, clips, context):
-        error = (scheme.decode(scheme.encode(w, params), params) - w).square_().mul_(importance)
-        error = error.view(len(w), -1, span).sum(-1)
+        error = scheme.sum_tiles((scheme.decode(scheme.encode(w, params), params) - w).square_().mul_(importance))
         if best is None:
             best, least = params, error
         else:

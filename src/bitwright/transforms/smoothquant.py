@@ -171,7 +171,8 @@ class _Sampled:
         assert isinstance(gram, Gram)
         self.view, self.scheme, self.gram = view, view.scheme, gram
         # Only where rows do not share parameters, which a part of them would not have.
-        every = -(-len(view.weight) // rows) if view.scheme.tile.rows == 1 else 1
+        alone = view.scheme.by_rows((view.weight.shape[0], view.weight.shape[1]))
+        every = -(-len(view.weight) // rows) if alone else 1
         self.weight, self.share = view.weight[::every], len(view.weight[::every]) / len(view.weight)
 
     def error(self, factors: torch.Tensor) -> float:

@@ -336,3 +336,24 @@ def test_a_scaled_norm_with_an_offset_of_one_is_recognised_at_zero_weights():
 def test_messages_name_modules_not_parameters():
     edges, _ = found_in(lambda self, x: self.out(torch.relu(self.one(self.norm(x)))))
     assert all(re.fullmatch(r"[\w.\[\]]+ -> [\w, ]+", name) for name in edges)
+
+
+def test_the_search_takes_few_runs_whatever_the_width():
+    """A fused gate and up matrix of many rows: its parts are proposed, not found row by row."""
+    counts = []
+    for inner in (24, 192):
+        block = Block(None, inner=inner)
+        half = inner
+
+        def way(self, x, half=half):
+            both = self.fused(self.norm(x))
+            return self.out(torch.sigmoid(both[..., :half]) * both[..., half:])
+
+        block.way = way
+        x = torch.randn(1, 40, 16, generator=torch.Generator().manual_seed(1))
+        runs = []
+        with torch.no_grad():
+            edges, _ = find_edges(block, lambda block=block, x=x, runs=runs: (runs.append(1), block(x))[1], residual=x)
+        assert {e.name for e in edges} == {"norm -> fused", "fused -> out"}
+        counts.append(len(runs))
+    assert counts[0] == counts[1] <= 12

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -5,6 +7,7 @@ from bitwright.core.stats import Gram, MeanAbs
 from bitwright.core.transform import ConsumerView, EdgeView
 from bitwright.errors import InputError
 from bitwright.schemes.affine import Affine
+from bitwright.schemes.codebook import Codebook
 from bitwright.transforms.awq import Awq, scaled_line
 
 COLUMNS, ROWS = 64, 24
@@ -149,8 +152,23 @@ def test_candidates_are_judged_as_they_can_be_stored():
     assert torch.equal(factors, storable(factors))
 
 
-@pytest.mark.parametrize("scheme", [Affine(bits=4, granularity="tensor"), Affine(bits=4, granularity="channel")])
-def test_schemes_without_groups_are_served(scheme):
+def test_ranges_are_clipped_only_where_the_method_will_search_them():
+    x, w = inputs(), weight()
+    searched, plain = (replace(view_of(x, w), searched=value) for value in (True, False))
+    assert torch.equal(Awq().factors(edge_of(plain)), Awq(clips=1).factors(edge_of(searched)))
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Affine(bits=4, granularity="tensor"),
+        Affine(bits=4, granularity="channel"),
+        Codebook(block_size=32),
+        Codebook(block_size=128),  # blocks reach over the ends of rows
+        Codebook(block_size=32, double_quant=True),
+    ],
+)
+def test_schemes_of_other_tiles_are_served(scheme):
     factors = Awq().factors(edge_of(view_of(inputs(), weight(), scheme=scheme)))
     assert output_error(inputs(), weight(), factors, scheme) < output_error(
         inputs(), weight(), torch.ones(COLUMNS), scheme
