@@ -89,16 +89,14 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    results = []
+    settings = {key: getattr(options, key) for key in ("samples", "length", "windows", "seeds")}
+    settings |= {"model": options.model.name, "calibration": options.calibration.name, "text": options.text.name}
+    report: dict[str, Any] = {"machine": machine(), "settings": settings, "results": []}
     with tempfile.TemporaryDirectory() as scratch:
         for point in points(options.group_size, options.seeds):
-            line = measure(options, point, Path(scratch) / "model")
-            print(json.dumps(line), flush=True)
-            results.append(line)
-    settings = {key: getattr(options, key) for key in ("samples", "length", "windows", "seeds")}
-    texts = {"model": options.model.name, "calibration": options.calibration.name, "text": options.text.name}
-    report = {"machine": machine(), "settings": {**settings, **texts}, "results": results}
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
+            report["results"].append(measure(options, point, Path(scratch) / "model"))
+            print(json.dumps(report["results"][-1]), flush=True)
+            options.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def decoded_hash(tensor: QuantizedTensor) -> str:
     """SHA-256 of the decoded weight, float32 row-major."""
     digest = hashlib.sha256()
     by_row = all(value.shape[:1] == tensor.shape[:1] for value in tensor.params.values())
-    if tensor.outliers is not None or tensor.scheme.tile.rows != 1 or tensor.scheme.two_level or not by_row:
+    if tensor.outliers is not None or not tensor.scheme.by_rows(tensor.shape) or tensor.scheme.two_level or not by_row:
         digest.update(bytes_of(tensor.decode()))
         return digest.hexdigest()
     rows = max(1, CHUNK_ELEMENTS // tensor.shape[1])
@@ -50,7 +50,12 @@ def in_pieces(entry: PlanEntry) -> bool:
     assert entry.scheme is not None
     assert entry.unit is not None
     scheme, (rows, columns) = entry.scheme, entry.unit.shape
-    if scheme.tile.rows != 1 or scheme.two_level or scheme.shares or scheme.outlier_count((rows, columns)):
+    if (
+        not scheme.by_rows((rows, columns))
+        or scheme.two_level
+        or scheme.shares
+        or scheme.outlier_count((rows, columns))
+    ):
         return False
     return not entry.unit.transposed and rows * columns > CHUNK_ELEMENTS
 
@@ -139,6 +144,7 @@ class TensorWork:
         context = Context(
             feedback=catalog.load("kernels", "numba-feedback"),
             tile_sums=catalog.load("kernels", "numba-tiles"),
+            encode=catalog.load("kernels", "numba-encode"),
             prepared=self._prepare(entry, weight),
             strict=self.plan.recipe.strict,
         )

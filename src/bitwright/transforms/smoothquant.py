@@ -90,7 +90,7 @@ class SmoothQuant(BlockTransform):
         if self.alpha != "search":
             return smoothed(x, w, float(self.alpha))
         sampled = [_Sampled(c, self.rows) for c in active]
-        best, least = torch.ones_like(x), sum(s.error(torch.ones_like(x)) for s in sampled)
+        best, least = None, sum(s.error(torch.ones_like(x)) for s in sampled)
         for step in range(self.grid + 1):
             candidate = edge.storable(smoothed(x, w, step / self.grid))
             error = sum(s.error(candidate) for s in sampled)
