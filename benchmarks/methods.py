@@ -95,6 +95,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    files = {"model": options.model.name, "calibration": options.calibration.name, "text": options.text.name}
+    settings = {"samples": options.samples, "length": 512, "windows": options.windows, "seed": 0}
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, recipe in RECIPES.items():
@@ -102,10 +104,8 @@ def main() -> None:
                 results.append(measure(name, recipe, options, Path(scratch)))
                 line = results[-1]
                 print(f"{name:40} {line['bits_per_weight']:7.3f} {line['kl_mean']:.5f}", flush=True)
-    settings = {"samples": options.samples, "length": 512, "windows": options.windows, "seed": 0}
-    files = {"model": options.model.name, "calibration": options.calibration.name, "text": options.text.name}
-    report = {"machine": machine(), "settings": settings, "files": files, "results": results}
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
+                report = {"machine": machine(), "settings": settings, "files": files, "results": results}
+                options.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -179,6 +179,10 @@ class Awq(Layout):
         if group not in GPTQMODEL_GROUPS:
             why = f"GPTQModel's AWQ kernels know group sizes 16, 32, 64, 128 or per channel, not {group}"
             result["gptqmodel"] = result["transformers"] = why
+        elif group == -1:
+            result["transformers"] = (
+                "per channel the file loads, but gptqmodel's kernel for the CPU wants groups of 32, 64, 128"
+            )
         if model_type == "gpt2":
             result["transformers"] = "its Conv1D layers are not nn.Linear, which transformers replaces"
         elif model_type in _SCALED_ACTIVATIONS:

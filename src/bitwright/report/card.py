@@ -8,10 +8,10 @@ from typing import Any
 
 from bitwright.io.text import printable
 
-__all__ = ["model_card"]
+__all__ = ["model_card", "safe"]
 
 
-def _safe(text: object) -> str:
+def safe(text: object) -> str:
     """Escaped for Markdown tables, code spans, links and HTML: names come from strangers."""
     escaped = escape(printable(str(text))).replace("|", "\\|")
     for mark in "`[]":
@@ -23,7 +23,7 @@ def model_card(provenance: Mapping[str, Any], engines: Mapping[str, str | None])
     """Markdown from the content of ``bitwright.json``. Depends on nothing else, not on the clock."""
     recipe = provenance["recipe"]
     sizes = provenance["sizes"]
-    name = _safe(provenance["source"]["name"])
+    name = safe(provenance["source"]["name"])
     lines = [
         "---",
         "library_name: transformers",
@@ -35,8 +35,8 @@ def model_card(provenance: Mapping[str, Any], engines: Mapping[str, str | None])
         "",
         f"# {name}, quantized",
         "",
-        f"Made with bitwright {_safe(provenance['bitwright'])} from `{name}`: {_safe(recipe['method'])}, "
-        f"{recipe['bits']} bits, group size {_safe(recipe['group_size'])}, layout {_safe(recipe['layout'])}.",
+        f"Made with bitwright {safe(provenance['bitwright'])} from `{name}`: {safe(recipe['method'])}, "
+        f"{recipe['bits']} bits, group size {safe(recipe['group_size'])}, layout {safe(recipe['layout'])}.",
         "",
         "## Size",
         "",
@@ -63,17 +63,17 @@ def model_card(provenance: Mapping[str, Any], engines: Mapping[str, str | None])
     else:
         lines += ["Not measured: this recipe uses no data. Run `bitwright eval OUT --against MODEL --text FILE`."]
     lines += ["", "## Loads in", "", "| engine | |", "| --- | --- |"]
-    lines += [f"| {engine} | {'yes' if why is None else _safe(why)} |" for engine, why in engines.items()]
+    lines += [f"| {engine} | {'yes' if why is None else safe(why)} |" for engine, why in engines.items()]
     if provenance["fallbacks"]:
         lines += ["", "## Fallbacks", "", "| tensor | what happened |", "| --- | --- |"]
-        lines += [f"| `{_safe(line['tensor'])}` | {_safe(line['fallback'])} |" for line in provenance["fallbacks"]]
+        lines += [f"| `{safe(line['tensor'])}` | {safe(line['fallback'])} |" for line in provenance["fallbacks"]]
     if provenance["notes"]:
         lines += ["", "## Notes", ""]
-        lines += [f"- {_safe(note)}" for note in provenance["notes"]]
+        lines += [f"- {safe(note)}" for note in provenance["notes"]]
     lines += ["", "## Recipe", "", "```yaml"]
     lines += [f"{key}: {_plain(value)}" for key, value in recipe.items()]
     lines += ["```", "", "## Source", "", "| file | fingerprint |", "| --- | --- |"]
-    lines += [f"| `{_safe(file)}` | `{_safe(mark)}` |" for file, mark in provenance["source"]["files"].items()]
+    lines += [f"| `{safe(file)}` | `{safe(mark)}` |" for file, mark in provenance["source"]["files"].items()]
     return "\n".join(lines) + "\n"
 
 
