@@ -10,7 +10,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bitwright.api import Evaluation, analyze, convert, evaluate, load, quantize
+    from bitwright.api import (
+        Evaluation,
+        analyze,
+        collect_imatrix,
+        convert,
+        evaluate,
+        from_gguf,
+        load,
+        quantize,
+        to_gguf,
+    )
     from bitwright.engine.convert import Conversion
     from bitwright.engine.recipe import Recipe
     from bitwright.engine.run import Result
@@ -45,10 +55,13 @@ __all__ = [
     "Stopped",
     "VerifyError",
     "analyze",
+    "collect_imatrix",
     "convert",
     "evaluate",
+    "from_gguf",
     "load",
     "quantize",
+    "to_gguf",
 ]
 
 _LAZY = {
@@ -59,6 +72,9 @@ _LAZY = {
     "evaluate": "bitwright.api",
     "load": "bitwright.api",
     "quantize": "bitwright.api",
+    "collect_imatrix": "bitwright.api",
+    "from_gguf": "bitwright.api",
+    "to_gguf": "bitwright.api",
     "Recipe": "bitwright.engine.recipe",
     "OutlierReport": "bitwright.evaluation.outliers",
     "Result": "bitwright.engine.run",

@@ -74,6 +74,10 @@ SCHEMES = {
     ],
     "ternary": [{"group_size": 32}, {"granularity": "tensor"}],
     "binary": [{"group_size": 32}, {"granularity": "channel"}],
+    "ggml": [
+        {"type": kind}
+        for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+    ],
     "microscaling": [
         {"element": element, "inputs": inputs}
         for element in ("mxfp4", "mxfp8", "nvfp4")

@@ -43,6 +43,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "ternary": [{}, {"granularity": "tensor"}],
     "binary": [{}, {"granularity": "channel"}],
     "microscaling": [{"element": "mxfp4"}, {"element": "mxfp8"}, {"element": "nvfp4"}],
+    "ggml": [{"type": kind} for kind in ("Q4_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS")],
 }
 
 

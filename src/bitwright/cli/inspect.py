@@ -21,10 +21,16 @@ def inspect(
     all_tensors: Annotated[bool, typer.Option("--all", help="List every tensor.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Pure JSON on stdout.")] = False,
 ) -> None:
-    """What is in a checkpoint, ours or another tool's: tensors, schemes, bits per weight, recipe, provenance."""
+    """What is in a checkpoint or a GGUF file, ours or another tool's: tensors, schemes, bits per weight, recipe, provenance."""
     from bitwright.io.hub import resolve_model
 
-    found = _look(resolve_model(model))
+    path = resolve_model(model, file=True)
+    if path.is_file():
+        from bitwright.cli.gguf_tables import inspect_gguf
+
+        inspect_gguf(path, all_tensors=all_tensors, as_json=as_json)
+        return
+    found = _look(path)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return

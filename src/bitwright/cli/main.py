@@ -18,11 +18,13 @@ __all__ = ["COMMANDS", "main"]
 #: command -> its one line in `bitwright --help`; the command's file is only imported when it runs
 COMMANDS = {
     "plan": "What would become of every tensor: exact bytes, memory, who loads it. Reads no weights.",
-    "quantize": "Quantize a checkpoint folder.",
-    "convert": "Carry a quantized checkpoint into another layout without quantizing it anew, or decode it.",
+    "quantize": "Quantize a checkpoint folder, into another one or into a GGUF file.",
+    "convert": "Another layout without quantizing anew; plain weights; to and from GGUF.",
     "analyze": "Outliers among the inputs of every layer, and what they mean for 8-bit inputs.",
+    "imatrix": "Collect importance weights for GGUF files, or rewrite an importance matrix.",
+    "run": "Run a GGUF file with llama.cpp.",
     "eval": "Perplexity, and KL divergence against the original.",
-    "inspect": "What is in a checkpoint: tensors, schemes, bits per weight, recipe.",
+    "inspect": "What is in a checkpoint or a GGUF file: tensors, schemes, bits per weight, recipe.",
     "demo": "Quantize the embedded model three ways and show the quality table.",
 }
 

@@ -14,9 +14,44 @@ if TYPE_CHECKING:
     from bitwright.engine.recipe import Recipe
 
 __all__ = [
-    "AllowPickle", "Bits", "CalibrationFile", "ChatTemplate", "Field", "GroupSize", "Inputs", "Keep", "KvCache", "Layout", "LayoutOption",
-    "Length", "MaxMemory", "Method", "MethodOption", "Model", "Packing", "RecipeFile", "Samples", "Scheme", "SchemeOption", "Seed",
-    "Symmetric", "Target", "Transform", "build_recipe", "parse_bytes",
+    "AllowPickle",
+    "Bits",
+    "CalibrationFile",
+    "ChatTemplate",
+    "EmbeddingType",
+    "Field",
+    "GroupSize",
+    "Imatrix",
+    "Inputs",
+    "Keep",
+    "KvCache",
+    "Layout",
+    "LayoutOption",
+    "Length",
+    "MaxMemory",
+    "Method",
+    "MethodOption",
+    "Model",
+    "OutputType",
+    "Packing",
+    "Pre",
+    "Pure",
+    "RecipeFile",
+    "Requantize",
+    "Samples",
+    "Scheme",
+    "SchemeOption",
+    "Seed",
+    "Split",
+    "Symmetric",
+    "Target",
+    "TensorType",
+    "Transform",
+    "Type",
+    "build_recipe",
+    "gguf_choice",
+    "pairs",
+    "parse_bytes",
 ]  # fmt: skip
 
 
@@ -116,6 +151,28 @@ MaxMemory = Annotated[
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Convert pickled weights in a child process, with weights_only.")
 ]
+Type = Annotated[
+    str | None,
+    typer.Option(
+        "--type", help="GGUF: a mixture such as Q4_K_M, Q5_K_S, IQ4_XS, Q8_0, or f16, bf16, f32.", show_default=False
+    ),
+]
+Imatrix = Annotated[
+    str | None,
+    typer.Option("--imatrix", help="GGUF: importance weights, a file; or auto: collected from the calibration text."),
+]
+TensorType = Annotated[
+    list[str] | None,
+    typer.Option("--tensor-type", metavar="PATTERN=TYPE", help="GGUF: an exception by tensor name; repeatable."),
+]
+EmbeddingType = Annotated[str | None, typer.Option("--embedding-type", help="GGUF: type of the token embeddings.")]
+OutputType = Annotated[str | None, typer.Option("--output-type", help="GGUF: type of the output head.")]
+Pure = Annotated[bool | None, typer.Option("--pure/--mixture", help="GGUF: one type everywhere.  [default: mixture]")]
+Pre = Annotated[str | None, typer.Option("--pre", help="GGUF: name of the pre-tokenizer, where it is not recognised.")]
+Split = Annotated[str | None, typer.Option("--split", help="GGUF: parts of at most this size, for example 4G.")]
+Requantize = Annotated[
+    bool, typer.Option("--requantize", help="GGUF: quantize what is in blocks already anew, with the errors of both.")
+]
 
 _UNITS = {
     "": 1,
@@ -124,6 +181,10 @@ _UNITS = {
     "MB": 10**6,
     "GB": 10**9,
     "TB": 10**12,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
     "KIB": 2**10,
     "MIB": 2**20,
     "GIB": 2**30,
@@ -149,7 +210,8 @@ def parse_bytes(text: str) -> int:
     return int(value)
 
 
-def _pairs(items: list[str] | None, flag: str) -> dict[str, Any]:
+def pairs(items: list[str] | None, flag: str) -> dict[str, Any]:
+    """``NAME=VALUE`` flags as a mapping; values are JSON, or text where they are none. InputError for anything else."""
     result: dict[str, Any] = {}
     for item in items or []:
         name, equals, value = item.partition("=")
@@ -165,7 +227,19 @@ def _pairs(items: list[str] | None, flag: str) -> dict[str, Any]:
 def _transform(text: str) -> dict[str, Any]:
     """``smoothquant:alpha=0.8`` as a recipe's choice."""
     name, _, rest = text.partition(":")
-    return {"name": name, "options": _pairs(rest.split(",") if rest else None, "--transform")}
+    return {"name": name, "options": pairs(rest.split(",") if rest else None, "--transform")}
+
+
+def gguf_choice(
+    type_: str | None, imatrix: str | None, tensor_type: list[str] | None, embedding_type: str | None, output_type: str | None,
+    pure: bool | None, pre: str | None, split: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The recipe's ``gguf`` section from flags; empty where none was given."""
+    found = {
+        "type": type_, "imatrix": imatrix, "tensor_types": tensor_type or None, "embedding_type": embedding_type,
+        "output_type": output_type, "pure": pure, "pre": pre, "max_part_bytes": parse_bytes(split) if split else None,
+    }  # fmt: skip
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def build_recipe(
@@ -175,7 +249,7 @@ def build_recipe(
     embeddings: bool | None = None, strict: bool | None = None, calibration: str | None = None, field: str | None = None,
     samples: int | None = None, length: int | None = None, packing: str | None = None, chat_template: bool | None = None,
     seed: int | None = None, scheme: str | None = None, scheme_option: list[str] | None = None, transform: list[str] | None = None,
-    inputs: str | None = None, kv_cache: str | None = None,
+    inputs: str | None = None, kv_cache: str | None = None, gguf: dict[str, Any] | None = None,
 ) -> Recipe:  # fmt: skip
     """The recipe that a file or preset and flags describe together; flags that were not given change nothing."""
     from bitwright.engine.recipe import load_recipe, make_recipe
@@ -186,9 +260,9 @@ def build_recipe(
     }  # fmt: skip
     changes = {name: value for name, value in changes.items() if value is not None}
     for name, items in (
-        ("method_options", _pairs(method_option, "--method-option")),
-        ("layout_options", _pairs(layout_option, "--layout-option")),
-        ("scheme_options", _pairs(scheme_option, "--scheme-option")),
+        ("method_options", pairs(method_option, "--method-option")),
+        ("layout_options", pairs(layout_option, "--layout-option")),
+        ("scheme_options", pairs(scheme_option, "--scheme-option")),
     ):
         if items:
             changes[name] = items
@@ -203,6 +277,8 @@ def build_recipe(
     text = {name: value for name, value in text.items() if value is not None}
     if text:
         changes["calibration"] = text
+    if gguf:
+        changes["gguf"] = gguf
     if transform:
         changes["transforms"] = [_transform(item) for item in transform]
     if keep:

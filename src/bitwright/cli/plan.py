@@ -39,6 +39,15 @@ def plan(
     samples: o.Samples = None,
     length: o.Length = None,
     seed: o.Seed = None,
+    type_: o.Type = None,
+    imatrix: o.Imatrix = None,
+    tensor_type: o.TensorType = None,
+    embedding_type: o.EmbeddingType = None,
+    output_type: o.OutputType = None,
+    pure: o.Pure = None,
+    pre: o.Pre = None,
+    split: o.Split = None,
+    requantize: o.Requantize = False,
     target: o.Target = None,
     max_memory: o.MaxMemory = None,
     all_tensors: Annotated[bool, typer.Option("--all", help="List every tensor, not one block of each kind.")] = False,
@@ -49,8 +58,16 @@ def plan(
         recipe, method=method, method_option=method_option, bits=bits, group_size=group_size, symmetric=symmetric, layout=layout,
         layout_option=layout_option, keep=keep, head=head, embeddings=embeddings, samples=samples, length=length,
         scheme=scheme, scheme_option=scheme_option, transform=transform, inputs=inputs, kv_cache=kv_cache, calibration=calibration,
-        seed=seed,
+        seed=seed, gguf=o.gguf_choice(type_, imatrix, tensor_type, embedding_type, output_type, pure, pre, split),
     )  # fmt: skip
+    if made.layout == "gguf":
+        from bitwright.cli.gguf_tables import show_gguf_plan
+        from bitwright.engine.gguf_run import plan_gguf_file
+        from bitwright.io.hub import resolve_model
+
+        planned = plan_gguf_file(made, resolve_model(model, file=True), requantize=requantize)
+        show_gguf_plan(planned, all_tensors=all_tensors, as_json=as_json)
+        return
     from bitwright.engine.memory import forecast
     from bitwright.engine.modelwide import plan_rewritten
     from bitwright.engine.run import open_source

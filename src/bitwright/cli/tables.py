@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bitwright.engine.plan import Plan
     from bitwright.engine.run import Result
 
-__all__ = ["print_table", "show_evaluation", "show_inspection", "show_plan", "show_result", "size"]
+__all__ = ["print_facts", "print_table", "show_evaluation", "show_inspection", "show_plan", "show_result", "size"]
 
 _BLOCK = re.compile(r"\.(\d+)\.")
 
@@ -54,7 +54,8 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     _console().print(table)
 
 
-def _facts(pairs: Iterable[tuple[str, str]]) -> None:
+def print_facts(pairs: Iterable[tuple[str, str]]) -> None:
+    """Lines of a name and a value."""
     console = _console()
     for name, value in pairs:
         console.print(Text(f"{name:<28}{printable(value)}"), soft_wrap=True)
@@ -83,7 +84,7 @@ def show_plan(plan: Plan, forecast: Forecast, *, all_tensors: bool) -> None:
         before, after = sum(e.spec.nbytes for e in entries), sum(e.stored_bytes for e in entries)
         rows.append((name, str(len(entries)), shape, what, detail, size(before), size(after)))
     print_table(("tensor", "count", "shape", "", "scheme or reason", "now", "then"), rows)
-    _facts(
+    print_facts(
         [
             ("method", plan.recipe.method),
             ("layout", plan.layout.name),
@@ -100,9 +101,9 @@ def show_plan(plan: Plan, forecast: Forecast, *, all_tensors: bool) -> None:
         ]
     )
     for engine, why in plan.engines.items():
-        _facts([(f"loads in {engine}", "yes" if why is None else f"no: {why}")])
+        print_facts([(f"loads in {engine}", "yes" if why is None else f"no: {why}")])
     for note in plan.notes:
-        _facts([("note", note)])
+        print_facts([("note", note)])
 
 
 def show_result(result: Result) -> None:
@@ -122,7 +123,7 @@ def show_result(result: Result) -> None:
                 f"mean KL {quality['kl_mean']:.5f} ({int(quality['tokens'])} tokens)",
             )
         )
-    _facts(facts)
+    print_facts(facts)
 
 
 def show_evaluation(result: Evaluation) -> None:
@@ -152,7 +153,7 @@ def show_evaluation(result: Evaluation) -> None:
                 ),
             ],
         )  # fmt: skip
-    _facts(
+    print_facts(
         [("measured on", f"{result.perplexity.tokens} predictions, {result.windows} {kind} of {result.length} tokens")]
     )
 
@@ -193,4 +194,4 @@ def show_inspection(found: dict[str, Any], *, all_tensors: bool) -> None:
             facts.append((name.replace("_", " "), f"{value:.6g}"))
         for line in provenance.get("fallbacks", []):
             facts.append(("fallback", f"{line.get('tensor')}: {line.get('fallback')}"))
-    _facts(facts)
+    print_facts(facts)

@@ -36,6 +36,10 @@ class Layout(ABC):
     name: ClassVar[str]
     #: ``quantization_config["quant_method"]`` of its files
     quant_method: ClassVar[str]
+    #: True where it can hold quantized embeddings
+    stores_embeddings: ClassVar[bool] = False
+    #: True where engines that load it fuse q/k/v and gate/up, so that these must be quantized alike
+    fuses: ClassVar[bool] = True
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:

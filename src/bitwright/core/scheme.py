@@ -220,8 +220,14 @@ class Scheme(ABC):
         """Better parameters for codes that are already chosen, where a closed form exists. Default: the same ones."""
         return params
 
-    def clipped(self, w: torch.Tensor, clips: Sequence[float], context: Any = None) -> Iterator[Params]:
-        """``fit(w, clip=clip)`` for every clip; schemes that need the range of ``w`` only once override it."""
+    def clipped(
+        self, w: torch.Tensor, clips: Sequence[float], context: Any = None, weights: torch.Tensor | None = None
+    ) -> Iterator[Params]:
+        """``fit(w, clip=clip)`` for every clip; schemes that need the range of ``w`` only once override it.
+
+        weights: ``(columns,)`` importance, for schemes whose own search takes the place of the clips.
+        """
+        del weights
         return (self.fit(w, context=context, clip=clip) for clip in clips)
 
     def refit_sums(self, above: torch.Tensor, below: torch.Tensor, params: Params) -> Params | None:

@@ -1,55 +1,18 @@
-"""Look at what every linear of a model reads, one decoder block at a time; nothing is quantized or written.
-
-The hidden states go through the blocks as in a calibrated run. Of each input only statistics are kept, and they are summed up before
-the next block is loaded.
-"""
+"""Outliers among what every linear of a model reads: ``watch`` walks through the blocks, ``evaluation.outliers`` has the figures."""
 
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
-
-from bitwright.engine.activations import ActivationStore, ActivationWriter
-from bitwright.engine.blockwise import cast_call
-from bitwright.engine.calibration import CalibrationTokens, load_texts, load_tokenizer, tokens_from_texts
-from bitwright.engine.collect import Group, trace
-from bitwright.engine.memory import release_free_memory
-from bitwright.engine.plan import Plan, make_plan
 from bitwright.engine.progress import Progress, Silent
-from bitwright.engine.recipe import Recipe, make_recipe
-from bitwright.engine.run import open_source, vocab_size
-from bitwright.engine.sample import sample_tokens
-from bitwright.errors import InputError, NumericError
+from bitwright.engine.watch import watching
+from bitwright.errors import InputError
 from bitwright.evaluation.outliers import InputProbe, LayerInput, OutlierReport, summarize
-from bitwright.io.safetensors_dir import SafetensorsDir
-from bitwright.model.blocks import BlockRunner
-from bitwright.model.observe import InputObserver, Slot
 from bitwright.model.structure import LinearUnit
 
 __all__ = ["analyze_folder"]
-
-#: Hidden states that are held in memory; what is beyond is read back from temporary files.
-_ACTIVATION_BYTES = 1 << 30
-
-
-@dataclass
-class _Watched:
-    """Linears that read the same input, or all experts of one stack.
-
-    last: token of the input that was counted last in this run, which dense linears share.
-    """
-
-    slots: tuple[Slot, ...]
-    units: tuple[LinearUnit, ...]
-    probe: InputProbe
-    last: int | None = None
 
 
 def analyze_folder(
@@ -75,139 +38,18 @@ def analyze_folder(
         raise InputError(f"top {top} is negative", mend="use 5")
     InputProbe(1, threshold)  # refuses a wrong threshold before anything is read
     progress = progress or Silent()
-    recipe = make_recipe(
-        {
-            "method": "rtn", "scheme": "affine", "bits": 8, "group_size": "channel", "layout": "native", "seed": seed,
-            "calibration": {"text": None if text is None else str(text), "samples": samples, "length": length},
-        }
-    )  # fmt: skip
-    with open_source(model) as source, tempfile.TemporaryDirectory(prefix="bitwright-analyze-") as folder:
-        given = None if text is None else _tokens(recipe, source)
-        plan = make_plan(recipe, source)
-        if plan.skeleton is None:
-            raise InputError(f"{model}: transformers cannot run this model's blocks", mend="use a model it knows")
-        tokens = given or sample_tokens(recipe, source, Path(folder), vocab_size(source), progress)
-        for note in tokens.warnings:
-            progress.note(note)
-        cap = _ACTIVATION_BYTES if max_memory_bytes is None else max_memory_bytes // 3
-        inputs = _Analysis(plan, source, tokens, Path(folder), cap, threshold, top, progress).run()
-    return OutlierReport(model.name, Path(tokens.origin).name, tokens.count, threshold, tuple(inputs))
-
-
-def _tokens(recipe: Recipe, source: SafetensorsDir) -> CalibrationTokens:
-    calibration = recipe.calibration
-    texts, tokenizer = load_texts(calibration), load_tokenizer(source.path)
-    return tokens_from_texts(
-        texts, tokenizer, calibration, seed=recipe.seed, vocab_size=vocab_size(source), origin=str(calibration.text)
-    )
-
-
-class _Analysis:
-    """Runs the blocks and watches."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        source: SafetensorsDir,
-        tokens: CalibrationTokens,
-        folder: Path,
-        cap_bytes: int,
-        threshold: float,
-        top: int,
-        progress: Progress,
-    ) -> None:
-        assert plan.skeleton is not None
-        assert plan.names is not None
-        self._plan, self._progress, self._threshold, self._top = plan, progress, threshold, top
-        self._prefix = plan.skeleton.blocks_path
-        self._runner = BlockRunner(plan.skeleton, plan.names, source, plan.compute_dtype)
-        captures = self._runner.capture(tokens.batches)
-        self._calls = [capture.calls for capture in captures]
-        total = sum(capture.hidden.nbytes for capture in captures)
-        self._store = ActivationStore(folder, cap_bytes=cap_bytes, total_bytes=total)
-        with closing(self._store.writer(0)) as writer:
-            for capture in captures:
-                writer.append(capture.hidden)
-            writer.finish()
-        self._store.adopt(writer)
-
-    def run(self) -> list[LayerInput]:
-        """The records of all blocks, in order."""
-        found: list[LayerInput] = []
-        count = self._plan.structure.block_count
-        self._progress.begin(count, "blocks")
-        for index in range(count):
-            for seen in self._block(index):
-                label, layers = _label(seen.units, index), [unit.name for unit in seen.units]
-                found.append(summarize(seen.probe, block=index, label=label, layers=layers, top=self._top))
-            release_free_memory()
-            self._progress.step(f"block {index}")
-        if not found:
-            raise InputError("the blocks hold no linear layers", mend="analyze a decoder model")
-        return found
-
-    def _block(self, index: int) -> list[_Watched]:
-        """What was seen in one block; where a narrow dtype overflows, it is repeated in float32."""
-        for dtype in dict.fromkeys((self._store[0].dtype, torch.float32)):
-            self._runner.dtype = dtype
-            block = self._runner.load_block(index)
-            try:
-                with closing(self._store.writer(index + 1)) as writer:
-                    watched = self._watch(block, index, dtype, writer)
-                    if watched is not None:
-                        writer.finish()
-                        self._store.adopt(writer)
-                        return watched
-            finally:
-                self._runner.free(block)
-            if dtype != torch.float32:
-                self._progress.note(f"block {index}: activations overflow in {dtype}; repeated in float32")
-        raise NumericError(f"block {index}: activations are not finite", mend="check the weights of this block")
-
-    def _watch(
-        self, block: nn.Module, index: int, dtype: torch.dtype, writer: ActivationWriter
-    ) -> list[_Watched] | None:
-        """Run all batches through a loaded block; None where something is not finite."""
-        calls = [cast_call(call[index], dtype) for call in self._calls]
-        units = [unit for unit in self._plan.structure.units if unit.block == index and unit.place is not None]
-        stages = trace(block, f"{self._prefix}.{index}.", units, self._store[0].to(dtype), calls[0])
-        watched = self._watched([group for stage in stages for group in stage])
-        of_slot = {slot: seen for seen in watched for slot in seen.slots}
-
-        def on_input(slot: Slot, x: torch.Tensor, token: int) -> None:
-            seen = of_slot[slot]
-            if slot[1] is None:
-                if seen.last == token:
-                    return
-                seen.last = token
-            seen.probe.update(x)
-
-        names = {name for name, _ in of_slot}
-        parameters = {name: value for name, value in block.named_parameters() if name in names}
-        for call, hidden in zip(calls, self._store, strict=True):
+    found: list[LayerInput] = []
+    with watching(
+        model, lambda columns: InputProbe(columns, threshold), text=text, samples=samples, length=length, seed=seed,
+        max_memory_bytes=max_memory_bytes, progress=progress,
+    ) as watch:  # fmt: skip
+        for index, watched in watch.run():
             for seen in watched:
-                seen.last = None
-            with InputObserver(parameters, on_input):
-                out = self._runner.run(block, hidden.to(dtype), call)
-            if not bool(torch.isfinite(out).all()) or not all(seen.probe.finite for seen in watched):
-                return None
-            writer.append(out)
-        return [seen for seen in watched if seen.probe.count]
-
-    def _watched(self, groups: Sequence[Group]) -> list[_Watched]:
-        """One for each group of dense linears, one for all experts of a stack together."""
-        stacks: dict[object, list[Group]] = {}
-        for group in groups:
-            name, expert = group.slots[0]
-            stacks.setdefault(name if expert is not None else group.slots, []).append(group)
-        return [
-            _Watched(
-                tuple(slot for group in stack for slot in group.slots),
-                tuple(unit for group in stack for unit in group.units),
-                InputProbe(stack[0].columns, self._threshold),
-            )
-            for stack in stacks.values()
-        ]
+                label, layers = _label(seen.units, index), [unit.name for unit in seen.units]
+                found.append(summarize(seen.probe, block=index, label=label, layers=layers, top=top))
+    if not found:
+        raise InputError("the blocks hold no linear layers", mend="analyze a decoder model")
+    return OutlierReport(model.name, Path(watch.tokens.origin).name, watch.tokens.count, threshold, tuple(found))
 
 
 def _label(units: Sequence[LinearUnit], block: int) -> str:

@@ -25,7 +25,7 @@ from bitwright.engine.journal import Commit, Journal
 from bitwright.engine.kv_cache import KvRange
 from bitwright.engine.plan import Plan, PlanEntry
 from bitwright.engine.progress import Progress
-from bitwright.engine.rewrite import RewrittenSource
+from bitwright.engine.rewrite import Overlaid, RewrittenSource
 from bitwright.engine.tensors import TensorWork, without_statistics
 from bitwright.engine.transforming import EDGE_TOKENS, PROBE_TOKENS, BlockTransforms, Samples
 from bitwright.errors import NumericError, ResumeError
@@ -84,6 +84,7 @@ class Blockwise:
         self._store = ActivationStore(journal.folder, cap_bytes=max_activation_bytes, total_bytes=total)
         self._input_schemes: InputSchemes = {}
         self._transforms = BlockTransforms(plan, self._runner, progress, max_gram_bytes) if plan.transforms else None
+        self._embeddings: dict[str, torch.Tensor] = {}
 
     # --- state -----------------------------------------------------------------------------------------------------------
 
@@ -103,11 +104,23 @@ class Blockwise:
         if commits:
             self._journal.drop_last()
 
+    def embedded_by(self, tensor: str, weight: torch.Tensor) -> None:
+        """From now on embedding ``tensor`` of the quantized model is ``weight``."""
+        self._embeddings[tensor] = weight.to(self._plan.compute_dtype)
+
     def save_first(self) -> str:
-        """Store what enters the first block; returns the generation's hash."""
+        """Store what enters the first block of the original and of the quantized model; returns the generation's hash."""
+        captures = self._captures
+        if self._embeddings:
+            source = Overlaid(self._source, self._embeddings)
+            assert self._plan.skeleton is not None
+            assert self._plan.names is not None
+            runner = BlockRunner(self._plan.skeleton, self._plan.names, source, self._plan.compute_dtype)
+            captures = runner.capture(self._tokens.batches)
+            self._embeddings = {}
         writer = self._store.writer(0)
         try:
-            for capture in self._captures[: self._pairs] + self._captures:
+            for capture in self._captures[: self._pairs] + captures:
                 writer.append(capture.hidden)
             digest = writer.finish()
         finally:

@@ -60,7 +60,7 @@ class Driver:
             began = time.monotonic()
             entries = by_block.get(None if step == 0 else step - 1, [])
             if blocks is None or step == 0:
-                commit = self._plain_step(step, entries, None if blocks is None else blocks.save_first)
+                commit = self._plain_step(step, entries, blocks)
             else:
                 commit = blocks.step(step, entries)
             release_free_memory()
@@ -86,8 +86,11 @@ class Driver:
         blocks.restore()
         return blocks
 
-    def _plain_step(self, step: int, entries: list[PlanEntry], save_first: Callable[[], str] | None) -> Commit:
-        """Copy what is kept and quantize without data; what lies outside the blocks has no statistics."""
+    def _plain_step(self, step: int, entries: list[PlanEntry], blocks: Blockwise | None) -> Commit:
+        """Copy what is kept and quantize without data; what lies outside the blocks has no statistics.
+
+        Quantized embeddings feed the first block, whose layers then make up for part of their error.
+        """
         work = TensorWork(self.plan, self.source, self.sink)
         for entry in entries:
             if entry.action == "quantize":
@@ -97,6 +100,8 @@ class Driver:
                 if not data_free:
                     outcome = replace(outcome, fallback="search: there are no statistics outside the blocks")
                 work.store(entry, outcome, 0)
+                if blocks is not None and entry.unit is not None and entry.unit.role == "embedding":
+                    blocks.embedded_by(entry.tensor, outcome.tensor.decode())
             else:
                 work.copy(entry)
-        return Commit(step, work.hashes, work.report, save_first() if save_first is not None else None)
+        return Commit(step, work.hashes, work.report, blocks.save_first() if blocks is not None else None)

@@ -144,7 +144,7 @@ def make_plan(recipe: Recipe, source: Source, *, target: str | None = None) -> P
     entries = _entries(recipe, source, structure, layout, model_dtype, skeleton)
     kv_cache, attention = _kv_cache(recipe, layout, skeleton, structure)
     _refuse_nothing(entries)
-    if layout.name != "native":
+    if layout.fuses:
         _refuse_mixed_fusions(entries)
     schemes = {e.unit.name: e.scheme for e in entries if e.action == "quantize" and e.unit and e.scheme}
     kept = [e.unit.name for e in entries if e.action == "keep" and e.unit is not None and e.unit.role != "embedding"]
@@ -350,7 +350,7 @@ def _entries(
             raise PlanError(
                 f"there is no {role} of its own to quantize in this checkpoint", mend=f"drop the {role} option"
             )
-    if recipe.embeddings and layout.name != "native":
+    if recipe.embeddings and not layout.stores_embeddings:
         raise PlanError(f"layout {layout.name} cannot store embeddings", mend="use --layout native")
     return entries
 

@@ -12,16 +12,19 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from bitwright import catalog
+from bitwright.blocks.types import named
 from bitwright.core.inputs import InputScheme
 from bitwright.core.method import Method
 from bitwright.core.options import build
 from bitwright.errors import InputError
+from bitwright.gguf.mixture import Override as TypeOverride
+from bitwright.gguf.mixture import mixture
 from bitwright.io.strict import load_yaml
 from bitwright.model.roles import ROLES
 
 __all__ = [
-    "Calibration", "Choice", "Override", "Recipe", "block_numbers", "load_recipe", "make_inputs", "make_method", "make_plugin",
-    "make_recipe",
+    "Calibration", "Choice", "GgufChoice", "Override", "Recipe", "block_numbers", "load_recipe", "make_inputs", "make_method",
+    "make_plugin", "make_recipe",
 ]  # fmt: skip
 
 
@@ -164,6 +167,34 @@ InputsValue = Annotated[dict[str, Any], BeforeValidator(_inputs)]
 KvCacheValue = Annotated[dict[str, Any], BeforeValidator(_kv_cache)]
 
 
+class GgufChoice(_Strict):
+    """What layout gguf needs to know, beside the method.
+
+    type: a mixture such as Q4_K_M, or one type. imatrix: a file with importance weights, or ``auto``: collected from the calibration text.
+    tensor_types: exceptions, ``PATTERN=TYPE`` (a regular expression that is searched in the tensor's name). pure: one type everywhere.
+    pre: the name of the pre-tokenizer where it is not recognised. max_part_bytes: the file is split into parts of at most this size.
+    """
+
+    type: str = "Q4_K_M"
+    imatrix: str | None = None
+    tensor_types: tuple[str, ...] = ()
+    embedding_type: str | None = None
+    output_type: str | None = None
+    pure: bool = False
+    pre: str | None = None
+    max_part_bytes: int | None = Field(default=None, ge=1_000_000)
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Self:
+        mixture(self.type)
+        for text in self.tensor_types:
+            TypeOverride.parse(text)
+        for name in (self.embedding_type, self.output_type):
+            if name is not None:
+                named(name)
+        return self
+
+
 class Recipe(_Strict):
     """Everything that decides the bytes of the output. Unknown keys are refused.
 
@@ -185,6 +216,7 @@ class Recipe(_Strict):
     transforms: tuple[AnyChoice, ...] = ()
     layout: str = "compressed-tensors"
     layout_options: dict[str, Any] = Field(default_factory=dict)
+    gguf: GgufChoice | None = None
     overrides: tuple[Override, ...] = ()
     head: bool = False
     embeddings: bool = False
@@ -196,12 +228,27 @@ class Recipe(_Strict):
     seed: int = Field(default=0, ge=0)
     max_shard_bytes: int = Field(default=5_000_000_000, ge=1_000_000)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        """A ``gguf`` section means layout gguf, which rounds to nearest, as llama.cpp does, unless another method is named."""
+        if not isinstance(values, Mapping):
+            return values
+        found = dict(values)
+        if found.get("gguf") is not None:
+            found.setdefault("layout", "gguf")
+        if found.get("layout") == "gguf":
+            found.setdefault("method", "rtn")
+        return found
+
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
         make_method(self.method, self.method_options)
         for name in (self.scheme, *(o.scheme for o in self.overrides if o.scheme)):
             catalog.check("schemes", name)
         catalog.check("layouts", self.layout)
+        if self.gguf is not None and self.layout != "gguf":
+            raise ValueError("the gguf section belongs to layout gguf")
         for transform in self.transforms:
             make_plugin("transforms", transform)
         if self.inputs is not None:

@@ -12,7 +12,7 @@ import torch
 from bitwright.core.source import Source
 from bitwright.core.tensor import TensorSpec
 
-__all__ = ["Factors", "RewrittenSource"]
+__all__ = ["Factors", "Overlaid", "RewrittenSource"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,3 +97,37 @@ def _product(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | N
     if a is None or b is None:
         return b if a is None else a
     return a * b
+
+
+class Overlaid:
+    """``source`` with other values in some of its tensors."""
+
+    def __init__(self, source: Source, values: Mapping[str, torch.Tensor]) -> None:
+        self._source = source
+        self._values = dict(values)
+
+    @property
+    def path(self) -> Path:
+        """The folder of the source."""
+        return self._source.path
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The parsed config.json."""
+        return self._source.config
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """What is stored in the source."""
+        return self._source.tensors
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """A tensor, or what stands in its place."""
+        value = self._values.get(name)
+        if value is None:
+            return self._source.read(name, rows)
+        return value.clone() if rows is None else value[rows[0] : rows[1]].clone()
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """That of the source."""
+        return self._source.fingerprint()

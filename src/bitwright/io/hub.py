@@ -24,10 +24,11 @@ _IGNORE = [
 ]
 
 
-def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path:
+def resolve_model(name_or_path: str | Path, revision: str | None = None, *, file: bool = False) -> Path:
     """The folder of a model: an existing local one as it is, else the hub's ``org/name`` downloaded to its cache.
 
-    revision: branch, tag or commit on the hub. Only safetensors weights, settings, tokenizer and licence are fetched.
+    file: a local GGUF file is taken as well. revision: branch, tag or commit on the hub. Only safetensors weights, settings, tokenizer
+    and licence are fetched.
     Raises InputError for what is neither, HubError where the hub does not deliver, ResourceError if the disk is full.
     """
     text = str(name_or_path)
@@ -41,6 +42,8 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path
     if is_folder and text:
         if revision is not None:
             raise InputError(f"{quoted(text)}: a local folder has no revisions", mend="leave the revision out")
+        return path
+    if file and text and path.is_file():
         return path
     if exists and text:
         raise InputError(f"{quoted(text)}: a file, not a model folder", mend="name the folder that holds it")

@@ -16,6 +16,7 @@ import fcntl
 import os
 import shutil
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -37,23 +38,25 @@ class Staging:
     that can be resumed. A run killed at any moment leaves the output path absent, or as it was, or whole.
     """
 
-    def __init__(self, output: Path, overwrite: bool, lock: int) -> None:
+    def __init__(self, output: Path, overwrite: bool, lock: int, *, file: bool = False) -> None:
         self._output = output
         self._overwrite = overwrite
+        self._file = file
         self._lock: int | None = lock
 
     @classmethod
-    def acquire(cls, output: Path, overwrite: bool = False, source: Path | None = None) -> Self:
+    def acquire(cls, output: Path, overwrite: bool = False, source: Path | None = None, *, file: bool = False) -> Self:
         """Check the output path, lock it, clean up after dead runs, and make the partial folder.
 
-        overwrite: an existing model folder may be replaced; source: the model being read, which must be elsewhere.
-        Raises InputError where the path cannot be used or another process works on it.
+        overwrite: an existing model folder may be replaced; source: the model being read, which must be elsewhere; file: the output
+        is a file (``publish_files``), not a folder (``publish``). Raises InputError where the path cannot be used or another process
+        works on it.
         """
-        output = _checked(output, overwrite, source)
-        staging = cls(output, overwrite, _lock(output))
+        output = _checked(output, overwrite, source, file)
+        staging = cls(output, overwrite, _lock(output), file=file)
         try:
             staging._clean()
-            _check_output(output, overwrite)  # again: _clean may have restored it, another run may have ended
+            _check_output(output, overwrite, file)  # again: _clean may have restored it, another run may have ended
             _own_folder(staging.folder)
             _own_folder(staging.work)
         except OSError as error:
@@ -112,7 +115,7 @@ class Staging:
         self._require_lock()
         output, parent = self._output, self._output.parent
         try:
-            _check_output(output, self._overwrite)
+            _check_output(output, self._overwrite, self._file)
             fsync_tree(self.folder, _umask(), skip=_WORK)
             self._take_name()
             fsync_folder(parent)
@@ -121,6 +124,27 @@ class Staging:
         except OSError as error:
             raise os_error(error, f"publishing {printable(str(output))}", folder=parent) from error
         self.release()
+
+    def publish_files(self, names: Sequence[str]) -> list[Path]:
+        """Bring files of the partial folder to the disk and rename them to their places beside each other; the rest is dropped.
+
+        The first name, which readers open, appears last. Gives the lock back. Raises as ``publish`` does.
+        """
+        self._require_lock()
+        parent = self._output.parent
+        targets = [parent / name for name in names]
+        try:
+            for target in targets:
+                _check_output(target, self._overwrite, True)
+            fsync_tree(self.folder, _umask(), skip=_WORK)
+            for target in reversed(targets):
+                os.replace(self.folder / target.name, target)
+            fsync_folder(parent)
+            self._delete(self.folder)
+        except OSError as error:
+            raise os_error(error, f"publishing {printable(str(self._output))}", folder=parent) from error
+        self.release()
+        return targets
 
     def _take_name(self) -> None:
         """The renames of ``publish``; where they fail, the partial output is resumable as before. Raises OSError."""
@@ -208,7 +232,7 @@ def _is_resumable(folder: Path) -> bool:
     return not folder.is_symlink() and work.is_dir() and any(work.iterdir())
 
 
-def _checked(output: Path, overwrite: bool, source: Path | None) -> Path:
+def _checked(output: Path, overwrite: bool, source: Path | None, file: bool) -> Path:
     """The output path with its parent resolved, after all checks that need no lock."""
     where = printable(str(output))
     absolute = Path(os.path.abspath(output))
@@ -221,7 +245,7 @@ def _checked(output: Path, overwrite: bool, source: Path | None) -> Path:
         raise InputError(f"{where}: not a usable output path", mend="name a folder that does not exist yet")
     if source is not None:
         _check_apart(resolved, source)
-    _check_output(resolved, overwrite)
+    _check_output(resolved, overwrite, file)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{printable(str(parent))}: cannot be written to", mend="choose another output path")
     return resolved
@@ -247,12 +271,18 @@ def _is_same(first: Path, second: Path) -> bool:
     return first.exists() and second.exists() and first.samefile(second)
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def _check_output(output: Path, overwrite: bool, file: bool = False) -> None:
     where = printable(str(output))
     if not os.path.lexists(output):
         return
     if not overwrite:
         raise InputError(f"{where}: exists already", mend="choose another output path, or pass --overwrite")
+    if file:
+        if output.is_symlink() or not output.is_file():
+            raise InputError(
+                f"{where}: not a plain file, which alone is overwritten", mend="choose another output path"
+            )
+        return
     if output.is_symlink() or not output.is_dir() or output.is_mount():
         raise InputError(f"{where}: not a plain folder, which alone is overwritten", mend="choose another output path")
     names = os.listdir(output)

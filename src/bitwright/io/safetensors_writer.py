@@ -5,14 +5,9 @@ The bytes depend on the specs and on what was written, not on the order of the w
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import math
-import os
 import threading
-import weakref
-from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +18,15 @@ import torch
 
 from bitwright.core.tensor import TensorSpec, dtype_name
 from bitwright.errors import InputError, ResumeError
-from bitwright.io.files import os_error, read_at, require_little_endian, write_at
+from bitwright.io.files import require_little_endian
 from bitwright.io.header import MAX_HEADER_BYTES
-from bitwright.io.text import printable, quoted
+from bitwright.io.planned_files import RESUME_MEND, Intervals, PlannedFile, PlannedFiles
+from bitwright.io.text import quoted
 
 __all__ = ["INDEX_NAME", "SafetensorsWriter", "ShardPlan", "index_json", "plan_shards"]
 
 INDEX_NAME = "model.safetensors.index.json"
 _ALIGNMENT = 8
-_RESUME_MEND = "delete the partial output and start again"
-_UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +123,6 @@ class SafetensorsWriter:
         self, folder: Path, shards: Sequence[ShardPlan], *, resume: bool = False, written: Collection[str] = ()
     ) -> None:
         require_little_endian()
-        self._folder = folder
         self._shards = tuple(shards)
         self._places = {
             spec.name: _Place(index, len(shard.header) + shard.offsets[spec.name][0], spec)
@@ -138,54 +131,13 @@ class SafetensorsWriter:
         }
         unknown = sorted(set(written) - self._places.keys())
         if unknown:
-            raise ResumeError(f"tensor {quoted(unknown[0])} was written but is not in the plan", mend=_RESUME_MEND)
-        self._covered = {name: _Intervals() for name in self._places}
+            raise ResumeError(f"tensor {quoted(unknown[0])} was written but is not in the plan", mend=RESUME_MEND)
+        self._covered = {name: Intervals() for name in self._places}
         for name in written:
             self._covered[name].add(0, self._places[name].spec.nbytes)
-        self._descriptors: list[int] = []
         self._lock = threading.Lock()
-        self._closer = weakref.finalize(self, _close_all, self._descriptors)
-        try:
-            for shard in self._shards:
-                self._descriptors.append(self._reopen(shard) if resume else self._create(shard))
-        except BaseException:
-            made = len(self._descriptors)
-            _close_all(self._descriptors)
-            if not resume:
-                for shard in self._shards[:made]:
-                    (folder / shard.file_name).unlink(missing_ok=True)
-            raise
-
-    def _create(self, shard: ShardPlan) -> int:
-        path = self._folder / shard.file_name
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        except OSError as error:
-            raise os_error(error, printable(str(path)), folder=self._folder) from error
-        try:
-            _allocate(descriptor, shard.total_bytes)
-            write_at(descriptor, memoryview(shard.header), 0)
-        except OSError as error:
-            os.close(descriptor)
-            path.unlink()
-            raise os_error(error, printable(str(path)), needed_bytes=shard.total_bytes, folder=self._folder) from error
-        return descriptor
-
-    def _reopen(self, shard: ShardPlan) -> int:
-        path = self._folder / shard.file_name
-        where = printable(str(path))
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            raise ResumeError(f"{where}: missing in the partial output", mend=_RESUME_MEND) from None
-        except OSError as error:
-            raise os_error(error, where) from error
-        header = bytearray(len(shard.header))
-        read_at(descriptor, memoryview(header), 0)
-        if os.fstat(descriptor).st_size != shard.total_bytes or header != shard.header:
-            os.close(descriptor)
-            raise ResumeError(f"{where}: size or header differ from the plan", mend=_RESUME_MEND)
-        return descriptor
+        planned = [PlannedFile(shard.file_name, shard.header, shard.total_bytes) for shard in self._shards]
+        self._files = PlannedFiles(folder, planned, resume=resume)
 
     def write(self, name: str, tensor: torch.Tensor, row: int = 0) -> None:
         """Store ``tensor`` as (part of) the planned tensor ``name``, from row ``row`` of its first axis on.
@@ -210,10 +162,7 @@ class SafetensorsWriter:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         begin = row * math.prod(spec.shape[1:]) * spec.dtype.itemsize
         buffer = data.numpy().data
-        try:
-            write_at(self._descriptors[place.file], buffer, place.start + begin)
-        except OSError as error:
-            raise os_error(error, what, needed_bytes=len(buffer), folder=self._folder) from error
+        self._files.write(place.file, buffer, place.start + begin, what)
         with self._lock:
             self._covered[name].add(begin, begin + len(buffer))
 
@@ -228,18 +177,14 @@ class SafetensorsWriter:
 
     def sync(self) -> None:
         """Return only when everything written so far is on the disk. Raises ResourceError if the disk fails."""
-        try:
-            for descriptor in self._descriptors:
-                os.fsync(descriptor)
-        except OSError as error:
-            raise os_error(error, printable(str(self._folder)), folder=self._folder) from error
+        self._files.sync()
 
     def close(self) -> None:
         """Close the files. Does not sync, and may be called twice."""
-        _close_all(self._descriptors)
+        self._files.close()
 
     def _place(self, name: str) -> _Place:
-        if not self._descriptors:
+        if self._files.closed:
             raise InputError(f"tensor {quoted(name)}: the writer is closed", mend="write before closing")
         try:
             return self._places[name]
@@ -253,50 +198,3 @@ class SafetensorsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _Intervals:
-    """A set of byte ranges, kept sorted and merged: repeated writes must not count twice."""
-
-    __slots__ = ("_begins", "_ends")
-
-    def __init__(self) -> None:
-        self._begins: list[int] = []
-        self._ends: list[int] = []
-
-    def add(self, begin: int, end: int) -> None:
-        if begin == end:
-            return
-        first, last = bisect_left(self._ends, begin), bisect_right(self._begins, end)
-        if first < last:
-            begin, end = min(begin, self._begins[first]), max(end, self._ends[last - 1])
-        self._begins[first:last] = [begin]
-        self._ends[first:last] = [end]
-
-    def covers(self, size: int) -> bool:
-        return self._begins == [0] and self._ends == [size]
-
-
-def _close_all(descriptors: list[int]) -> None:
-    while descriptors:
-        os.close(descriptors.pop())
-
-
-def _allocate(descriptor: int, size: int) -> None:
-    """Reserve ``size`` bytes, so that a full disk is met now; where the file system cannot, only set the size.
-
-    libc's fallocate and not posix_fallocate: the latter imitates missing support by writing every block, which takes
-    minutes per shard on network file systems.
-    """
-    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    if fallocate is not None:
-        fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-        while fallocate(descriptor, 0, 0, size) != 0:
-            code = ctypes.get_errno()
-            if code in _UNSUPPORTED:
-                break
-            if code != errno.EINTR:
-                raise OSError(code, os.strerror(code))
-        else:
-            return
-    os.truncate(descriptor, size)

@@ -43,6 +43,8 @@ class Native(Layout):
 
     name: ClassVar[str] = "native"
     quant_method: ClassVar[str] = "bitwright"
+    stores_embeddings: ClassVar[bool] = True
+    fuses: ClassVar[bool] = False
 
     def limits(self, model_dtype: torch.dtype) -> Limits:
         del model_dtype

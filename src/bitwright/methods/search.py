@@ -76,7 +76,7 @@ def search_params(
             )
         return bool(better.any())
 
-    for candidate in scheme.clipped(w, clips, context.prepared):
+    for candidate in scheme.clipped(w, clips, context.prepared, weights):
         consider(candidate)
     assert best is not None
     for _ in range(refits):

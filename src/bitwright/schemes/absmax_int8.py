@@ -57,7 +57,9 @@ class AbsmaxInt8(Scheme):
     ) -> Params:
         return {"absmax": self._absmax(w) * clip}
 
-    def clipped(self, w: torch.Tensor, clips: Sequence[float], context: Any = None) -> Iterator[Params]:
+    def clipped(
+        self, w: torch.Tensor, clips: Sequence[float], context: Any = None, weights: torch.Tensor | None = None
+    ) -> Iterator[Params]:
         absmax = self._absmax(w)
         return ({"absmax": absmax * clip} for clip in clips)
 

@@ -99,7 +99,9 @@ class Bilevel(Scheme):
     ) -> Params:
         return self._from_range(*self._range(w), clip)
 
-    def clipped(self, w: torch.Tensor, clips: Sequence[float], context: Any = None) -> Iterator[Params]:
+    def clipped(
+        self, w: torch.Tensor, clips: Sequence[float], context: Any = None, weights: torch.Tensor | None = None
+    ) -> Iterator[Params]:
         low, high = self._range(w)
         return (self._from_range(low, high, clip) for clip in clips)
 

@@ -35,7 +35,9 @@ class Binary(MeanScale):
     def steps(self) -> tuple[float, ...]:
         return (-1.0, 1.0)
 
-    def clipped(self, w: torch.Tensor, clips: Sequence[float], context: Any = None) -> Iterator[Params]:
+    def clipped(
+        self, w: torch.Tensor, clips: Sequence[float], context: Any = None, weights: torch.Tensor | None = None
+    ) -> Iterator[Params]:
         """The mean alone: it is the optimum already."""
         del clips
         return iter([self.fit(w, context=context)])

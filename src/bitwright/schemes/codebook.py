@@ -138,7 +138,9 @@ class Codebook(Scheme):
     ) -> Params:
         return self.loose(self._absmax(w) * clip, self.table_for(w, context))
 
-    def clipped(self, w: torch.Tensor, clips: Sequence[float], context: Any = None) -> Iterator[Params]:
+    def clipped(
+        self, w: torch.Tensor, clips: Sequence[float], context: Any = None, weights: torch.Tensor | None = None
+    ) -> Iterator[Params]:
         absmax, table = self._absmax(w), self.table_for(w, context)
         return (self.loose(absmax * clip, table) for clip in clips)
 

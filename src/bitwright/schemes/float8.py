@@ -121,7 +121,9 @@ class Float8(Scheme):
     ) -> Params:
         return self._from_amax(self._range(w, context), 1.0 if self._fixed(context) else clip)
 
-    def clipped(self, w: torch.Tensor, clips: Sequence[float], context: Any = None) -> Iterator[Params]:
+    def clipped(
+        self, w: torch.Tensor, clips: Sequence[float], context: Any = None, weights: torch.Tensor | None = None
+    ) -> Iterator[Params]:
         amax = self._range(w, context)
         # Tensors that share a scale are searched one by one, so each must come to the same one.
         return (self._from_amax(amax, clip) for clip in (clips[:1] if self._fixed(context) else clips))

@@ -97,7 +97,9 @@ class Microscaling(Scheme):
         amax = self._amax(w)
         return self._from_amax(amax, context, clip)
 
-    def clipped(self, w: torch.Tensor, clips: Sequence[float], context: Any = None) -> Iterator[Params]:
+    def clipped(
+        self, w: torch.Tensor, clips: Sequence[float], context: Any = None, weights: torch.Tensor | None = None
+    ) -> Iterator[Params]:
         amax = self._amax(w)
         if self.element == "mxfp8":
             clips = clips[:1]  # e4m3 looks the same in every octave, so another power of two gains nothing

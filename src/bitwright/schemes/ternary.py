@@ -38,7 +38,9 @@ class Ternary(MeanScale):
     def steps(self) -> tuple[float, ...]:
         return (-1.0, 0.0, 1.0)
 
-    def clipped(self, w: torch.Tensor, clips: Sequence[float], context: Any = None) -> Iterator[Params]:
+    def clipped(
+        self, w: torch.Tensor, clips: Sequence[float], context: Any = None, weights: torch.Tensor | None = None
+    ) -> Iterator[Params]:
         """The mean for a clip of 1, and up to twice the mean for 0.5: ``(3 - 2 clip) mean|w|``."""
         mean = self._mean(w)
         return ({"scale": self._storable(mean * (3.0 - 2.0 * clip))} for clip in clips)

@@ -9,7 +9,8 @@ import bitwright
 
 PUBLIC = [
     "BitwrightError", "Conversion", "Evaluation", "HubError", "InputError", "NumericError", "OutlierReport", "PlanError", "Recipe",
-    "ResourceError", "Result", "ResumeError", "Stopped", "VerifyError", "analyze", "convert", "evaluate", "load", "quantize",
+    "ResourceError", "Result", "ResumeError", "Stopped", "VerifyError", "analyze", "collect_imatrix", "convert", "evaluate",
+    "from_gguf", "load", "quantize", "to_gguf",
 ]  # fmt: skip
 CODES = {
     "BitwrightError": 1, "InputError": 2, "PlanError": 2, "ResumeError": 2, "VerifyError": 3, "ResourceError": 4,

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from bitwright.core.tensor import DTYPES, TensorSpec
 from bitwright.errors import InputError, ResourceError, ResumeError
+from bitwright.io.planned_files import Intervals
 from bitwright.io.safetensors_dir import SafetensorsDir
-from bitwright.io.safetensors_writer import SafetensorsWriter, _Intervals, index_json, plan_shards
+from bitwright.io.safetensors_writer import SafetensorsWriter, index_json, plan_shards
 
 
 def specs_of(tensors):
@@ -169,7 +170,7 @@ def test_missing_counts_bytes_once(tmp_path):
 def test_intervals_equal_a_set_of_integers():
     rng = random.Random(3)
     for _ in range(300):
-        intervals, covered = _Intervals(), set()
+        intervals, covered = Intervals(), set()
         for _ in range(rng.randrange(12)):
             begin = rng.randrange(20)
             end = min(20, begin + rng.randrange(8))
