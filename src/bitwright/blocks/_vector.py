@@ -175,7 +175,7 @@ def any_lane(typingctx: Any, mask: Any) -> Any:
     if mask is not M:
         return None
 
-    def emit(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         del context, sig
         word = ir.IntType(LANES)
         return builder.icmp_unsigned("!=", builder.bitcast(args[0], word), ir.Constant(word, 0))
@@ -205,7 +205,7 @@ def select(typingctx: Any, mask: Any, a: Any, b: Any) -> Any:
     if mask is not M:
         return None
 
-    def emit(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         one, other = (_as_lanes(context, builder, args[i], sig.args[i], kind) for i in (1, 2))
         return builder.select(args[0], one, other)
 
@@ -247,7 +247,7 @@ def load(typingctx: Any, array: Any, index: Any) -> Any:
     del typingctx
     kind = {types.float32: F, types.int32: I}[array.dtype]
 
-    def emit(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         at = context.cast(builder, args[1], sig.args[1], types.intp)
         pointer = _pointer(context, builder, sig.args[0], args[0], at)
         return builder.load(builder.bitcast(pointer, kind.vector.as_pointer()), align=4, typ=kind.vector)
@@ -262,7 +262,7 @@ def store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
     if {types.float32: F, types.int32: I}[array.dtype] is not value:
         return None
 
-    def emit(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         at = context.cast(builder, args[1], sig.args[1], types.intp)
         pointer = _pointer(context, builder, sig.args[0], args[0], at)
         builder.store(args[2], builder.bitcast(pointer, value.vector.as_pointer()), align=4)
@@ -279,7 +279,7 @@ def load_bytes(typingctx: Any, array: Any, index: Any) -> Any:
     """``LANES`` bytes of a flat uint8 array as integers; unchecked."""
     del typingctx
 
-    def emit(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         at = context.cast(builder, args[1], sig.args[1], types.intp)
         pointer = _pointer(context, builder, sig.args[0], args[0], at)
         found = builder.load(builder.bitcast(pointer, _BYTES.as_pointer()), align=1, typ=_BYTES)
@@ -295,7 +295,7 @@ def store_bytes(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
     if value is not I:
         return None
 
-    def emit(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         at = context.cast(builder, args[1], sig.args[1], types.intp)
         pointer = _pointer(context, builder, sig.args[0], args[0], at)
         builder.store(builder.trunc(args[2], _BYTES), builder.bitcast(pointer, _BYTES.as_pointer()), align=1)
@@ -309,7 +309,7 @@ def offset_to(typingctx: Any, array: Any, alignment: Any) -> Any:
     """How many elements lie before the first one whose address is a multiple of ``alignment`` bytes."""
     del typingctx
 
-    def emit(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         word = ir.IntType(64)
         start = builder.ptrtoint(context.make_array(sig.args[0])(context, builder, args[0]).data, word)
         size = context.cast(builder, args[1], sig.args[1], types.int64)
@@ -341,7 +341,7 @@ def transpose(typingctx: Any, source: Any, starts: Any, element: Any, target: An
     """
     del typingctx
 
-    def emit(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         element, index = (context.cast(builder, args[i], sig.args[i], types.intp) for i in (2, 4))
         rows = []
         for lane in range(LANES):
@@ -365,7 +365,7 @@ def transpose_bytes(typingctx: Any, source: Any, index: Any, target: Any, starts
     """
     del typingctx
 
-    def emit(_context: Any, builder: Any, _sig: Any, args: Any) -> Any:
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         index, element = (context.cast(builder, args[i], sig.args[i], types.intp) for i in (1, 4))
         rows = []
         for i in range(LANES):
