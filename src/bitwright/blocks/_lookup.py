@@ -1,7 +1,8 @@
 """Tables in vector registers, for numba code that works on ``_vector``'s lanes.
 
 A table of 16 numbers is itself a vector, and looking 16 numbers up at once is one instruction where the machine can permute registers
-by variable indices (AVX-512); elsewhere LLVM goes through memory. ``lowest_lane`` finds the best of 16 candidates.
+by variable indices (AVX-512), a few where it can do so with half as many (AVX2); elsewhere LLVM goes through memory.
+``lowest_lane`` finds the best of 16 candidates.
 """
 
 from __future__ import annotations
@@ -21,6 +22,29 @@ _WORD = ir.IntType(32)
 _CODES = ir.VectorType(ir.IntType(16), LANES)
 
 
+def _by_halves(builder: Any, table: Any, index: Any) -> Any:
+    """``lookup`` for machines that permute 8 numbers at once: bit 3 of an index tells the halves of the table apart."""
+
+    def part(vector: Any, first: int, count: int) -> Any:
+        mask = ir.Constant(ir.VectorType(_WORD, count), [_WORD(first + k) for k in range(count)])
+        return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+
+    eight = ir.VectorType(ir.FloatType(), 8)
+    kind = ir.FunctionType(eight, [eight, ir.VectorType(_WORD, 8)])
+    permute = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.permps")
+    low, high = part(table, 0, 8), part(table, 8, 8)
+    halves = []
+    for first in (0, 8):
+        places = part(index, first, 8)
+        bit = builder.and_(places, ir.Constant(places.type, [_WORD(8)] * 8))
+        upper = builder.icmp_unsigned("!=", bit, ir.Constant(places.type, [_WORD(0)] * 8))
+        halves.append(
+            builder.select(upper, builder.call(permute, [high, places]), builder.call(permute, [low, places]))
+        )
+    whole = ir.Constant(ir.VectorType(_WORD, LANES), [_WORD(k) for k in range(LANES)])
+    return builder.shuffle_vector(halves[0], halves[1], whole)
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def lookup(typingctx: Any, table: Any, index: Any) -> Any:
     """Lane by lane ``table[index % 16]``, a vector of 16 floats as the table."""
@@ -30,10 +54,13 @@ def lookup(typingctx: Any, table: Any, index: Any) -> Any:
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         del sig
-        if "+avx512f" in context.codegen()._tm_features:
+        features = context.codegen()._tm_features.split(",")
+        if "+avx512f" in features:
             kind = ir.FunctionType(F.vector, [F.vector, I.vector])
             permute = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.sf.512")
             return builder.call(permute, args)
+        if "+avx2" in features:
+            return _by_halves(builder, args[0], args[1])
         entries = args[0]
         places = builder.and_(args[1], ir.Constant(I.vector, [_WORD(LANES - 1)] * LANES))
         found = ir.Constant(F.vector, ir.Undefined)

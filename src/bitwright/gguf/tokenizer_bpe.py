@@ -7,7 +7,7 @@ from typing import Any
 
 from bitwright.errors import InputError
 from bitwright.gguf.pre_tokenizer import find_pre, known_pre
-from bitwright.gguf.tokenizer import MAX_TOKENS, TokenizerFolder, TokenType, Vocabulary, place_added
+from bitwright.gguf.vocabulary import MAX_TOKENS, TokenizerFolder, TokenType, Vocabulary, place_added
 from bitwright.io.text import quoted
 
 __all__ = ["by_id", "from_document", "is_byte_level", "pairs"]

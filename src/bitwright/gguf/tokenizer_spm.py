@@ -14,8 +14,8 @@ from typing import Any
 
 from bitwright.errors import InputError
 from bitwright.gguf.sentencepiece_model import read_sentencepiece
-from bitwright.gguf.tokenizer import MAX_TOKENS, AddedToken, TokenizerFolder, TokenType, Vocabulary
 from bitwright.gguf.tokenizer_bpe import by_id, pairs
+from bitwright.gguf.vocabulary import MAX_TOKENS, AddedToken, TokenizerFolder, TokenType, Vocabulary
 from bitwright.io.gguf_values import GgufValue, boolean, u8s
 from bitwright.io.strict import load_json
 from bitwright.io.text import printable, quoted

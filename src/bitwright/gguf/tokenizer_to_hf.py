@@ -16,7 +16,8 @@ import numpy as np
 
 from bitwright.errors import InputError
 from bitwright.gguf.pre_tokenizer import rules_of
-from bitwright.gguf.tokenizer import SPECIAL, TokenType
+from bitwright.gguf.tokenizer import SPECIAL
+from bitwright.gguf.vocabulary import TokenType
 from bitwright.io.gguf_file import GgufFile
 from bitwright.io.text import printable, quoted
 

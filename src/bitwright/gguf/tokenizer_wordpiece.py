@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from bitwright.errors import InputError
-from bitwright.gguf.tokenizer import TokenizerFolder, TokenType, Vocabulary, place_added
 from bitwright.gguf.tokenizer_bpe import by_id
+from bitwright.gguf.vocabulary import TokenizerFolder, TokenType, Vocabulary, place_added
 from bitwright.io.gguf_values import boolean
 from bitwright.io.text import quoted
 

@@ -9,7 +9,8 @@ from tests.gguf_tokenizers import TEXTS, corpus
 
 from bitwright.errors import InputError
 from bitwright.gguf.sentencepiece_model import read_sentencepiece
-from bitwright.gguf.tokenizer import TokenType, tokenizer_values
+from bitwright.gguf.tokenizer import tokenizer_values
+from bitwright.gguf.vocabulary import TokenType
 
 
 def varint(value):

@@ -9,9 +9,10 @@ from tests.gguf_tokenizers import SPECIAL_TEXTS, TEXTS, write_bpe, write_spm_bpe
 from bitwright.blocks.types import TYPES
 from bitwright.errors import InputError
 from bitwright.gguf.pre_tokenizer import rules_of
-from bitwright.gguf.tokenizer import TokenType, tokenizer_values
+from bitwright.gguf.tokenizer import tokenizer_values
 from bitwright.gguf.tokenizer_spm import merge_scores
 from bitwright.gguf.tokenizer_to_hf import write_tokenizer
+from bitwright.gguf.vocabulary import TokenType
 from bitwright.io.gguf_file import GgufFile
 from bitwright.io.gguf_values import string
 from bitwright.io.gguf_writer import GgufEntry, GgufWriter, plan_gguf
