@@ -38,6 +38,8 @@ class Layout(ABC):
     quant_method: ClassVar[str]
     #: True where it can hold quantized embeddings
     stores_embeddings: ClassVar[bool] = False
+    #: True where a module's first stored tensor holds its codes and no parameter
+    codes_apart: ClassVar[bool] = True
     #: True where engines that load it fuse q/k/v and gate/up, so that these must be quantized alike
     fuses: ClassVar[bool] = True
 

@@ -244,7 +244,9 @@ def _quantized(
 
 
 def _parameters(source: DecodedSource, module: str) -> QuantizedTensor:
-    """A module with its parameters and none of its codes: of every layout the first tensor of a module holds the codes."""
+    """A module with its parameters and none of its codes, where the layout stores these apart in a module's first tensor."""
+    if not source.layout.codes_apart:
+        return source.quantized(module)
     scheme, shape = source.modules[module]
     first, *rest = source.layout.tensors(module, scheme, shape)
     spec = source.stored.tensors[first.name]

@@ -31,6 +31,7 @@ class Gguf(Layout):
     name: ClassVar[str] = "gguf"
     quant_method: ClassVar[str] = "gguf"
     stores_embeddings: ClassVar[bool] = True
+    codes_apart: ClassVar[bool] = False
     fuses: ClassVar[bool] = False
 
     def limits(self, model_dtype: torch.dtype) -> Limits:

@@ -24,6 +24,8 @@ OPTIONS = {
 def pairs():
     for name in catalog.names("layouts"):
         layout = catalog.load("layouts", name)()
+        if not layout.codes_apart:
+            continue
         for kind in catalog.names("schemes"):
             for options in OPTIONS.get(kind, [{}]):
                 scheme = catalog.load("schemes", kind)(**options).limit(layout.limits(torch.bfloat16))
