@@ -74,7 +74,7 @@ def test_another_recipe_does_not_resume_it(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(Stopped):
         bitwright.to_gguf(MODEL, output, gguf={"type": "Q4_0"})
     monkeypatch.undo()
-    with pytest.raises(InputError, match="tensor types"):
+    with pytest.raises(InputError, match="recipe gguf: was"):
         bitwright.to_gguf(MODEL, output, gguf={"type": "Q8_0"})
     assert bitwright.to_gguf(MODEL, output, gguf={"type": "Q8_0"}, resume="never").output == output
 
@@ -94,6 +94,50 @@ def test_blocks_are_not_quantized_anew_unless_asked(quantized: Path, tmp_path: P
     assert list(tmp_path.iterdir()) == []
     made = bitwright.to_gguf(quantized, tmp_path / "q8.gguf", gguf={"type": "Q8_0"}, requantize=True)
     assert {t.block.name for t in made.plan.targets} == {"Q8_0", "F32"}
+
+
+def test_blocks_become_plain_numbers_where_these_are_asked_for(quantized: Path, tmp_path: Path) -> None:
+    made = bitwright.to_gguf(quantized, tmp_path / "f32.gguf", gguf={"type": "f32"}).output
+    with GgufFile.open(made) as one, GgufFile.open(quantized) as two:
+        assert {tensor.block.name for tensor in one.tensors.values()} == {"F32"}
+        name = "blk.4.ffn_up.weight"
+        assert np.array_equal(one.read(name), two.read(name))
+
+
+def test_a_calibrated_run_that_was_stopped_between_its_halves_is_not_mixed_with_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(Path("examples/storylm-8m-selfgen.txt").read_text()[:20_000])
+    options: dict[str, Any] = {
+        "method": "gptq", "gguf": {"type": "Q4_0"}, "calibration": {"text": str(text), "samples": 4, "length": 64}
+    }  # fmt: skip
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Stopped("stopped", mend="go on")
+
+    monkeypatch.setattr("bitwright.engine.gguf_run.write_file", stop)
+    with pytest.raises(Stopped):
+        bitwright.to_gguf(MODEL, tmp_path / "out.gguf", **options)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="recipe seed: was 0, is 1"):
+        bitwright.to_gguf(MODEL, tmp_path / "out.gguf", seed=1, **options)
+    seen: list[str] = []
+    monkeypatch.setattr("bitwright.engine.gguf_run.quantize_folder", lambda *a, **k: seen.append("again"))
+    made = bitwright.to_gguf(MODEL, tmp_path / "out.gguf", **options)
+    assert seen == []
+    assert made.output.is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "out.gguf"}
+
+
+def test_an_importance_matrix_is_no_model(tmp_path: Path) -> None:
+    from bitwright.gguf.imatrix import ImportanceMatrix, Sums, write_imatrix
+
+    entries = {"blk.0.attn_q.weight": Sums(np.ones((1, 32), np.float32), np.ones(1, np.float32))}
+    write_imatrix(ImportanceMatrix(entries, ("text",), 1), tmp_path / "imatrix.gguf")
+    with pytest.raises(PlanError, match="nothing would be quantized"):
+        bitwright.to_gguf(tmp_path / "imatrix.gguf", tmp_path / "out.gguf", gguf={"type": "Q4_0"})
+    assert [path.name for path in tmp_path.iterdir()] == ["imatrix.gguf"]
 
 
 def test_parts_hold_together_what_one_file_holds(quantized: Path, tmp_path: Path) -> None:

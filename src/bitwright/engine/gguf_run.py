@@ -33,6 +33,7 @@ from bitwright.io.gguf_writer import GgufPart
 from bitwright.io.model_files import already_quantized
 from bitwright.io.publish import Staging
 from bitwright.io.safetensors_dir import SafetensorsDir
+from bitwright.io.strict import load_json
 from bitwright.io.text import printable
 from bitwright.runtime.checkpoint import DecodedSource, open_checkpoint
 
@@ -146,6 +147,9 @@ def write_gguf_file(
         try:
             if resume == "never":
                 staging.reset()
+            if resume == "require" and not staging.exists_partial:
+                raise ResumeError("there is no interrupted run to resume", mend="start one with --resume auto")
+            _same_run(staging.work, recipe, model)
             if choice.imatrix == "auto":
                 imatrix = _auto_imatrix(recipe, model, staging.work, max_memory_bytes, progress)
             source: Found
@@ -264,7 +268,7 @@ def _plan(
         else:
             block = TYPES[wanted[name]] if name in wanted else stored or TYPES["F32"]
         copy = stored is not None and stored == block
-        if stored is not None and stored.blocked and not copy and not requantize:
+        if stored is not None and stored.blocked and block.blocked and not copy and not requantize:
             raise PlanError(
                 f"{name} is {stored.name} already; quantizing it anew to {block.name} would add the errors of both",
                 mend="start from an F16, BF16 or F32 file, or allow it with --requantize",
@@ -276,6 +280,10 @@ def _plan(
         if block.integer and not copy:
             raise PlanError(f"{name}: {block.name} holds integers, no weights", mend="choose another type")
         targets.append(Target(place, block, copy))
+    if TYPES[mix.base].blocked and not any(target.block.blocked for target in targets):
+        raise PlanError(
+            "nothing would be quantized: there is no matrix of a model in it", mend="check which file this is"
+        )
     values = _values(recipe, source, targets, _file_type(recipe, mix, targets if kept else ()), imatrix)
     return GgufPlan(
         targets=tuple(targets),
@@ -340,6 +348,41 @@ def _values(
         made["transforms"] = [transform.model_dump() for transform in recipe.transforms]
     values["bitwright.recipe"] = string(json.dumps(made, sort_keys=True))
     return values
+
+
+def _same_run(work: Path, recipe: Recipe, model: Path) -> None:
+    """Note what this run is made of; ResumeError, listing the differences, where the interrupted one was made of something else.
+
+    What is made before the file itself (an importance matrix, the blocks of a calibrated method) is only taken up again by the same run.
+    """
+    found = {
+        f"recipe {key}": json.dumps(value, sort_keys=True) for key, value in recipe.model_dump(mode="json").items()
+    }
+    found |= {f"version of {name}": value for name, value in versions().items()}
+    texts = [recipe.calibration.text, recipe.gguf.imatrix if recipe.gguf is not None else None]
+    files = [Path(name) for name in texts if name is not None and Path(name).is_file()]
+    files += sorted(path for path in model.iterdir() if path.is_file()) if model.is_dir() else [model]
+    for path in files:
+        status = path.stat()
+        found[f"size and last change of {path.name}"] = f"{status.st_size} {status.st_mtime_ns}"
+    note = work / "run.json"
+    if not note.is_file():
+        temporary = note.with_suffix(".new")
+        temporary.write_text(json.dumps(found, sort_keys=True), encoding="utf-8")
+        temporary.replace(note)
+        return
+    was = load_json(note)
+    was = was if isinstance(was, dict) else {}
+    changed = [
+        f"{key}: was {was.get(key, 'absent')}, is {found.get(key, 'absent')}"
+        for key in sorted(was.keys() | found.keys())
+        if was.get(key) != found.get(key)
+    ]
+    if changed:
+        raise ResumeError(
+            "the interrupted run was another one; " + "; ".join(changed),
+            mend="run it with the same inputs, or start again with --resume never",
+        )
 
 
 def _auto_imatrix(
@@ -416,10 +459,7 @@ def _identity(recipe: Recipe, source: Found, imatrix: ImportanceMatrix | None, p
 
 
 def _journal(staging: Staging, identity: dict[str, str], resume: Resume, plan: GgufPlan, progress: Progress) -> Journal:
-    present = Journal.present(staging.work)
-    if resume == "require" and not staging.exists_partial:
-        raise ResumeError("there is no interrupted run to resume", mend="start one with --resume auto")
-    if present and resume != "never":
+    if Journal.present(staging.work) and resume != "never":
         journal = Journal.reopen(staging.work, identity)
         progress.note(f"resuming after {len(journal.commits)} steps")
         return journal
