@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev,interop,llamacpp]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,interop,llamacpp,report,tasks]"
 	touch $(STAMP)
 
 clean:

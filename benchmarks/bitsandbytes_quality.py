@@ -70,7 +70,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     import bitwright
-    from bitwright.evaluation.divergence import compare
+    from bitwright.evaluation.quality import quality
     from bitwright.evaluation.windows import make_windows
 
     results = []
@@ -82,12 +82,12 @@ def main() -> None:
         for name, (theirs, ours) in PAIRS.items():
             config = BitsAndBytesConfig(bnb_4bit_compute_dtype=dtype, **theirs)
             peer = AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=dtype).eval()
-            kl_peer = compare(source, logits_of(peer), windows).kl_mean
+            kl_peer = quality(logits_of(peer), windows, source).kl.mean
             del peer
             with tempfile.TemporaryDirectory() as scratch:
                 bitwright.quantize(path, Path(scratch) / "out", method="rtn", layout="native", **ours)
                 mine = bitwright.load(Path(scratch) / "out", dtype=dtype)
-            kl = compare(source, logits_of(mine), windows).kl_mean
+            kl = quality(logits_of(mine), windows, source).kl.mean
             line = {"model": path.name, "name": name, "bitwright": kl, "bitsandbytes": kl_peer, "ratio": kl / kl_peer}
             print(json.dumps(line), flush=True)
             results.append(line)

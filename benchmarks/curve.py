@@ -60,7 +60,6 @@ def measure(options: argparse.Namespace, point: dict[str, Any], folder: Path) ->
     )
     seconds = time.perf_counter() - began
     found = bitwright.evaluate(folder, against=options.model, text=options.text, windows=options.windows)
-    assert found.comparison is not None
     return {
         "scheme": point.get("scheme", "affine"),
         "code_bits": point.get("bits", math.log2(TERNARY)),
@@ -69,10 +68,10 @@ def measure(options: argparse.Namespace, point: dict[str, Any], folder: Path) ->
         "seed": point.get("seed", 0),
         "stored_bits": result.plan.quantized_bits_per_weight,
         "file_bytes": result.plan.weight_file_bytes,
-        "kl": found.comparison.kl_mean,
-        "top1": found.comparison.top1,
+        "kl": found.quality.kl.mean,
+        "top1": found.quality.top1,
         "perplexity": found.perplexity.perplexity,
-        "perplexity_float": found.comparison.source.perplexity,
+        "perplexity_float": found.quality.source.perplexity,
         "seconds": seconds,
     }
 

@@ -70,8 +70,7 @@ def run(
             found = bitwright.evaluate(
                 output, text=text, against=options.model, length=options.length, windows=options.windows
             )
-            assert found.comparison is not None
-            divergences[text.name] = found.comparison.kl_mean
+            divergences[text.name] = found.quality.kl.mean
     return divergences, seconds
 
 

@@ -73,14 +73,13 @@ def measure(name: str, recipe: dict[str, Any], options: argparse.Namespace, scra
     out = scratch / "out"
     made = bitwright.quantize(options.model, out, calibration=calibration, overwrite=True, resume="never", **recipe)
     found = bitwright.evaluate(out, text=options.text, against=options.model, windows=options.windows)
-    assert found.comparison is not None
     return {
         "name": name,
         "recipe": recipe,
         "bits_per_weight": made.plan.quantized_bits_per_weight,
-        "kl_mean": found.comparison.kl_mean,
-        "perplexity": found.comparison.model.perplexity,
-        "perplexity_original": found.comparison.source.perplexity,
+        "kl_mean": found.quality.kl.mean,
+        "perplexity": found.quality.model.perplexity,
+        "perplexity_original": found.quality.source.perplexity,
     }
 
 

@@ -134,8 +134,7 @@ def main() -> None:
                 out = Path(scratch) / "out"
                 bitwright.quantize(model, out, calibration=calibration, overwrite=True, resume="never", **recipe)
                 found = bitwright.evaluate(out, text=options.text, against=model, windows=options.windows)
-                assert found.comparison is not None
-                line = {"model": model.name, "recipe": name, "kl_mean": found.comparison.kl_mean}
+                line = {"model": model.name, "recipe": name, "kl_mean": found.quality.kl.mean}
                 print(json.dumps(line), flush=True)
                 results.append(line)
     settings = {

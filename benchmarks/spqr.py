@@ -86,8 +86,7 @@ def run(configuration: dict[str, Any], options: argparse.Namespace) -> dict[str,
             found = bitwright.evaluate(
                 output, text=text, against=options.model, length=options.length, windows=options.windows
             )
-            assert found.comparison is not None
-            divergences[text.name] = found.comparison.kl_mean
+            divergences[text.name] = found.quality.kl.mean
         return {"bits_per_weight": bits_per_weight(output), "kl": divergences, "seconds": round(seconds, 1)}
 
 

@@ -43,13 +43,10 @@ def main() -> None:
         for bits in options.bits:
             target = folder / f"{bits}-bit"
             plan = bitwright.quantize(options.model, target, recipe=recipe, bits=bits).plan
-            found = bitwright.evaluate(
-                target, against=options.model, text=evaluation, windows=options.windows
-            ).comparison
-            assert found is not None
+            found = bitwright.evaluate(target, against=options.model, text=evaluation, windows=options.windows).quality
             print(
                 f"{bits:4}  {plan.quantized_bits_per_weight:11.3f}  {plan.weight_file_bytes:12}"
-                f"  {found.model.perplexity:10.2f}  {found.kl_mean:8.5f}  {100 * found.top1:9.2f} %",
+                f"  {found.model.perplexity:10.2f}  {found.kl.mean:8.5f}  {100 * found.top1:9.2f} %",
                 flush=True,
             )
 

@@ -52,9 +52,8 @@ def main() -> None:
     for note in result.notes:
         print("note:", note)
 
-    found = bitwright.evaluate(target, against=options.model, text=evaluation, windows=8).comparison
-    assert found is not None
-    print(f"perplexity {found.source.perplexity:.2f} -> {found.model.perplexity:.2f}, mean KL {found.kl_mean:.5f}")
+    found = bitwright.evaluate(target, against=options.model, text=evaluation, windows=8).quality
+    print(f"perplexity {found.source.perplexity:.2f} -> {found.model.perplexity:.2f}, mean KL {found.kl.mean:.5f}")
 
     from transformers import AutoTokenizer
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bitwright.api import (
         Evaluation,
+        allocate,
         analyze,
         collect_imatrix,
         convert,
@@ -54,6 +55,7 @@ __all__ = [
     "ResumeError",
     "Stopped",
     "VerifyError",
+    "allocate",
     "analyze",
     "collect_imatrix",
     "convert",
@@ -67,6 +69,7 @@ __all__ = [
 _LAZY = {
     "Conversion": "bitwright.engine.convert",
     "Evaluation": "bitwright.api",
+    "allocate": "bitwright.api",
     "analyze": "bitwright.api",
     "convert": "bitwright.api",
     "evaluate": "bitwright.api",

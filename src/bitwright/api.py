@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,31 +14,30 @@ from bitwright.engine.progress import Progress
 from bitwright.engine.recipe import Recipe, load_recipe, make_recipe
 from bitwright.engine.run import Result, quantize_folder
 from bitwright.errors import InputError
-from bitwright.evaluation.divergence import Comparison, Perplexity, compare, perplexity
 from bitwright.evaluation.outliers import OutlierReport
-from bitwright.evaluation.windows import make_windows
 from bitwright.io.hub import resolve_model
+from bitwright.runtime.evaluating import Convention, Evaluation, Texts, evaluate_path, load_any, own_samples, read_texts
 
 if TYPE_CHECKING:
+    from bitwright.engine.allocating import Allocation
     from bitwright.engine.gguf_dense import DenseResult
     from bitwright.engine.gguf_run import GgufResult
     from bitwright.gguf.imatrix import ImportanceMatrix
 
 __all__ = [
-    "Conversion", "Evaluation", "OutlierReport", "analyze", "collect_imatrix", "convert", "evaluate", "from_gguf", "load", "quantize",
+    "Conversion",
+    "Evaluation",
+    "OutlierReport",
+    "allocate",
+    "analyze",
+    "collect_imatrix",
+    "convert",
+    "evaluate",
+    "from_gguf",
+    "load",
+    "quantize",
     "to_gguf",
-]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """perplexity of the model; comparison with its source where one was given."""
-
-    perplexity: Perplexity
-    comparison: Comparison | None
-    windows: int
-    length: int
-    stride: int | None
+]
 
 
 def quantize(
@@ -60,11 +58,13 @@ def quantize(
     recipe: a Recipe, a YAML file or the name of a preset; ``options`` are fields of Recipe and come on top, for example
     ``method="gptq", bits=4, group_size=128, layout="gptq", calibration={"text": "books.txt"}``. Raises the errors of ``bitwright.errors``.
     """
-    made = _recipe(recipe, options)
+    made, path = _recipe(recipe, options), resolve_model(model)
     if made.layout == "gguf":
         raise InputError("layout gguf writes a file", mend="use bitwright.to_gguf(model, 'NAME.gguf', ...)")
+    if made.budget is not None:
+        made = allocate(path, recipe=made, target=target, max_memory_bytes=max_memory_bytes, progress=progress).recipe
     return quantize_folder(
-        made, resolve_model(model), Path(output), resume=resume, overwrite=overwrite, max_memory_bytes=max_memory_bytes,
+        made, path, Path(output), resume=resume, overwrite=overwrite, max_memory_bytes=max_memory_bytes,
         allow_pickle=allow_pickle, target=target, progress=progress,
     )  # fmt: skip
 
@@ -76,6 +76,27 @@ def _recipe(recipe: Recipe | str | Path | None, options: Mapping[str, Any]) -> R
     if isinstance(recipe, Recipe):
         return make_recipe({**recipe.model_dump(), **options})
     return load_recipe(recipe, options)
+
+
+def allocate(
+    model: str | Path,
+    *,
+    recipe: Recipe | str | Path | None = None,
+    target: str | None = None,
+    max_memory_bytes: int | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Allocation:
+    """Choose bits layer by layer under ``recipe.budget``, for example ``budget={"bits_per_weight": 3.5}``, and write nothing.
+
+    The result holds the recipe that ``quantize`` (or ``to_gguf``) carries out, what was measured, and the curve of loss against size.
+    """
+    from bitwright.engine.allocating import allocate_recipe
+
+    return allocate_recipe(
+        _recipe(recipe, options), resolve_model(model, file=True), target=target, max_memory_bytes=max_memory_bytes,
+        progress=progress,
+    )  # fmt: skip
 
 
 def convert(
@@ -123,8 +144,11 @@ def to_gguf(
     from bitwright.engine.gguf_run import write_gguf_file
 
     made = _recipe(recipe, {"layout": "gguf", **options} if recipe is None else options)
+    path = resolve_model(model, file=True)
+    if made.budget is not None:
+        made = allocate(path, recipe=made, max_memory_bytes=max_memory_bytes, progress=progress).recipe
     return write_gguf_file(
-        made, resolve_model(model, file=True), Path(output), resume=resume, overwrite=overwrite,
+        made, path, Path(output), resume=resume, overwrite=overwrite,
         max_memory_bytes=max_memory_bytes, allow_pickle=allow_pickle, requantize=requantize, lossy=lossy, progress=progress,
     )  # fmt: skip
 
@@ -171,47 +195,45 @@ def collect_imatrix(
 
 def load(model: str | Path, *, dtype: torch.dtype | None = None, kernel: str = "auto") -> Any:
     """A transformers model whose quantized linears hold packed weights; see ``runtime.load.load_model``. GGUF files are decoded."""
-    path = resolve_model(model, file=True)
-    if path.is_file():
-        from bitwright.runtime.gguf_model import load_gguf
-
-        return load_gguf(path, dtype=dtype)
-    from bitwright.runtime.load import load_model
-
-    return load_model(path, dtype=dtype, kernel=kernel)
+    return load_any(resolve_model(model, file=True), dtype=dtype, kernel=kernel)
 
 
 def evaluate(
     model: str | Path,
     *,
-    text: str | Path,
+    text: Texts | None = None,
     against: str | Path | None = None,
     length: int = 512,
     stride: int | None = None,
+    convention: Convention | None = None,
     windows: int | None = None,
     dtype: torch.dtype | None = torch.float32,
     kernel: str = "auto",
+    batch_size: int = 1,
+    device: str = "auto",
+    cache: bool = True,
+    progress: Progress | None = None,
 ) -> Evaluation:
-    """Perplexity of a checkpoint on a text file, and its divergence from ``against``, by the same code for both.
+    """Perplexity of a checkpoint or GGUF file on texts, and its divergence from ``against``, by the same code for both.
 
-    length, stride: see ``evaluation.windows`` (stride None: non-overlapping). windows: at most this many. dtype: dtype of the activations.
-    The text is tokenized without special tokens. Raises InputError for a text that is too short or not readable.
+    text: a UTF-8 file, several (``"NAME=FILE"`` names one), a mapping of names to texts (or Paths), or ``"edge-cases"``, the built-in
+    set; None: samples of the model ``against``. length, stride, convention: see ``evaluation.windows``; stride alone means sliding.
+    windows: at most this many of each text. dtype: of the activations; None: the checkpoint's. batch_size: windows that are run at once.
+    cache: keep the predictions of ``against`` for the next evaluation on the same text (``io.cache``). Texts are tokenized without
+    special tokens, but for llama.cpp's convention. Raises InputError for a text that is too short or not readable.
     """
-    path = resolve_model(model, file=True)
-    source_path = resolve_model(against, file=True) if against is not None else None
-    file = Path(text)
-    try:
-        content = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not a readable UTF-8 text: {error}", mend="check the path of the text") from error
-    tokenizer = _tokenizer(source_path or path)
-    ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
-    cut = make_windows(ids, length=length, stride=stride, limit=windows)
-    subject = _logits(load(path, dtype=dtype, kernel=kernel))
-    if source_path is None:
-        return Evaluation(perplexity(subject, cut), None, len(cut), length, stride)
-    comparison = compare(_logits(load(source_path, dtype=dtype)), subject, cut)
-    return Evaluation(comparison.model, comparison, len(cut), length, stride)
+    path, source = resolve_model(model, file=True), None if against is None else resolve_model(against, file=True)
+    texts: Mapping[str, str | torch.Tensor]
+    if text is not None:
+        texts = read_texts(text)
+    elif source is None:
+        raise InputError("there is no text to evaluate on", mend="give a text, or the original to sample one from")
+    else:
+        texts = {"model samples": own_samples(source, length=length, progress=progress)}
+    return evaluate_path(
+        path, texts, against=source, length=length, stride=stride, convention=convention, windows=windows, dtype=dtype, kernel=kernel,
+        batch_size=batch_size, device=device, cache=cache,
+    )  # fmt: skip
 
 
 def analyze(
@@ -231,24 +253,3 @@ def analyze(
         resolve_model(model), text=text, samples=samples, length=length, threshold=threshold, top=top, seed=seed,
         max_memory_bytes=max_memory_bytes, progress=progress,
     )  # fmt: skip
-
-
-def _tokenizer(path: Path) -> Any:
-    """The tokenizer of a folder, or the one that a GGUF file's header describes."""
-    from bitwright.engine.calibration import load_tokenizer
-
-    if not path.is_file():
-        return load_tokenizer(path)
-    from bitwright.runtime.gguf_model import gguf_folder
-
-    with gguf_folder(path) as folder:
-        return load_tokenizer(folder)
-
-
-def _logits(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    def run(tokens: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            found: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
-            return found
-
-    return run

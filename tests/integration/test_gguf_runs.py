@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +167,8 @@ def test_decoded_files_are_evaluated_like_folders(quantized: Path, tmp_path: Pat
     found = bitwright.evaluate(quantized, against=MODEL, text=text, length=128, windows=4)
     bitwright.from_gguf(quantized, tmp_path / "dense", dtype=torch.float32)
     again = bitwright.evaluate(tmp_path / "dense", against=MODEL, text=text, length=128, windows=4)
-    assert found.comparison is not None
-    assert again.comparison is not None
-    assert 0.0005 < found.comparison.kl_mean < 0.05
-    assert found.comparison.kl_mean == pytest.approx(again.comparison.kl_mean, rel=1e-6)
+    assert 0.0005 < found.quality.kl.mean < 0.05
+    assert found.quality.kl.mean == pytest.approx(again.quality.kl.mean, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -280,10 +279,10 @@ def test_gptq_onto_blocks_loses_less_than_rounding_with_importance_weights(tmp_p
             gguf={"type": "Q2_K", "imatrix": "auto"},
             calibration=calibration,
         )
-        compared = bitwright.evaluate(made.output, against=MODEL, text=other, length=256, windows=12).comparison
+        compared = bitwright.evaluate(made.output, against=MODEL, text=other, length=256, windows=12).quality
         assert compared is not None
         found[method] = (
-            compared.kl_mean,
+            compared.kl.mean,
             {t.place.name: t.block.name for t in made.plan.targets},
             made.plan.file_bytes,
         )
@@ -296,9 +295,9 @@ def test_a_rotated_model_is_the_same_model_in_another_file(tmp_path: Path) -> No
     made = bitwright.to_gguf(MODEL, tmp_path / "r.gguf", transforms=["rotate"], method="rtn", gguf={"type": "Q8_0"})
     text = tmp_path / "text.txt"
     text.write_text(Path("examples/storylm-8m-selfgen.txt").read_text()[:8000])
-    compared = bitwright.evaluate(made.output, against=MODEL, text=text, length=128, windows=4).comparison
+    compared = bitwright.evaluate(made.output, against=MODEL, text=text, length=128, windows=4).quality
     assert compared is not None
-    assert compared.kl_mean < 0.002
+    assert compared.kl.mean < 0.002
     with GgufFile.open(made.output) as file:
         assert "output.weight" in file.tensors
 
@@ -319,3 +318,128 @@ def test_quantized_embeddings_feed_the_calibrated_blocks(tmp_path: Path) -> None
         calibration=calibration,
     )
     assert any(line["tensor"] == "model.embed_tokens.weight" for line in made.report)
+
+
+SPLIT = {"type": "Q8_0", "max_part_bytes": 4_000_000}
+
+
+def test_parts_that_exist_are_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = bitwright.to_gguf(MODEL, tmp_path / "s.gguf", gguf=SPLIT)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr("bitwright.engine.gguf_run.write_file", lambda *_a, **_k: pytest.fail("it was written"))
+    monkeypatch.setattr("bitwright.engine.gguf_run.quantize_folder", lambda *_a, **_k: pytest.fail("it was calibrated"))
+    for method in ("rtn", "gptq"):
+        with pytest.raises(InputError, match=r"s-0000\d-of-00003\.gguf: exists already"):
+            bitwright.to_gguf(MODEL, tmp_path / "s.gguf", method=method, gguf=SPLIT)
+    assert len(first.plan.parts) == 3
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_no_part_of_a_split_source_is_written_over(tmp_path: Path) -> None:
+    made = bitwright.to_gguf(MODEL, tmp_path / "s.gguf", gguf=SPLIT)
+    parts = [tmp_path / part.file_name for part in made.plan.parts]
+    before = [path.read_bytes() for path in parts]
+    with pytest.raises(InputError, match="the source"):
+        bitwright.to_gguf(parts[0], parts[1], gguf={"type": "f16"}, overwrite=True)
+    with pytest.raises(InputError, match="the source"):
+        bitwright.to_gguf(parts[0], tmp_path / "s.gguf", gguf=SPLIT, overwrite=True, requantize=True)
+    assert [path.read_bytes() for path in parts] == before
+
+
+def test_importance_weights_are_collected_from_pickled_weights_too(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(Path("examples/storylm-8m-selfgen.txt").read_text()[:3000])
+    (tmp_path / "in").mkdir()
+    for file in MODEL.iterdir():
+        if file.suffix == ".json":
+            (tmp_path / "in" / file.name).write_bytes(file.read_bytes())
+    torch.save(load_file(MODEL / "model.safetensors"), tmp_path / "in" / "pytorch_model.bin")
+    options: dict[str, Any] = {
+        "gguf": {"type": "Q4_0", "imatrix": "auto"}, "calibration": {"text": str(text), "samples": 2, "length": 64}
+    }  # fmt: skip
+    plain = bitwright.to_gguf(MODEL, tmp_path / "plain.gguf", **options)
+    made = bitwright.to_gguf(tmp_path / "in", tmp_path / "out.gguf", allow_pickle=True, **options)
+    assert made.hashes == plain.hashes
+
+
+def test_importance_weights_cannot_be_collected_from_a_file(plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="needs a checkpoint folder"):
+        bitwright.to_gguf(plain, tmp_path / "out.gguf", gguf={"type": "Q4_0", "imatrix": "auto"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_single_numbers_are_carried_along_and_refused_as_weights(plain: Path, tmp_path: Path) -> None:
+    """Tensors without any dimension, which the container allows."""
+    from bitwright.blocks.types import TYPES
+    from bitwright.io.gguf_writer import GgufEntry, GgufWriter, plan_gguf
+
+    with GgufFile.open(plain) as file:
+        values = dict(file.values)
+        tensors = {name: (t.shape, t.block, file.raw(name)) for name, t in file.tensors.items()}
+    for name, replaced in (("odd.scale", None), ("blk.0.attn_norm.weight", "blk.0.attn_norm.weight")):
+        mixed = {key: value for key, value in tensors.items() if key != replaced}
+        mixed[name] = ((), TYPES["F32"], np.float32([[2.5]]).view(np.uint8))
+        entries = [GgufEntry(key, shape, block) for key, (shape, block, _) in mixed.items()]
+        (tmp_path / "in").mkdir(exist_ok=True)
+        source = tmp_path / "in" / f"{name}.gguf"
+        with GgufWriter(source.parent, plan_gguf(values, entries, stem=name)) as writer:
+            for key, (_, _, raw) in mixed.items():
+                writer.write(key, raw)
+        made = bitwright.to_gguf(source, tmp_path / f"{name}.gguf", gguf={"type": "Q4_0"})
+        with GgufFile.open(made.output) as file:
+            assert file.tensors[name].shape == ()
+            assert file.read(name).tolist() == [[2.5]]
+    with pytest.raises(InputError, match="is a single number"):
+        bitwright.from_gguf(source, tmp_path / "dense")
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_run_killed_between_the_renames_of_its_parts_takes_them_back(
+    resume: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "out").mkdir()
+    whole = bitwright.to_gguf(MODEL, tmp_path / "whole" / "s.gguf", gguf=SPLIT)
+    real, renamed = os.replace, []
+
+    def killed(first: Any, second: Any) -> None:
+        if str(second).startswith(str(tmp_path / "out" / "s-")):
+            renamed.append(Path(second).name)
+            if len(renamed) == 2:
+                raise KeyboardInterrupt
+        real(first, second)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bitwright.to_gguf(MODEL, tmp_path / "out" / "s.gguf", gguf=SPLIT)
+    monkeypatch.setattr(os, "replace", real)
+    assert not (tmp_path / "out" / "s-00001-of-00003.gguf").exists()
+    assert (tmp_path / "out" / renamed[0]).exists()
+    again = bitwright.to_gguf(MODEL, tmp_path / "out" / "s.gguf", gguf=SPLIT, resume=resume)
+    for part in whole.plan.parts:
+        assert (
+            again.output.with_name(part.file_name).read_bytes() == whole.output.with_name(part.file_name).read_bytes()
+        )
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_a_file_that_somebody_put_in_the_place_of_a_part_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.replace
+
+    def killed(first: Any, second: Any) -> None:
+        real(first, second)
+        if Path(second).name == "s-00003-of-00003.gguf":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bitwright.to_gguf(MODEL, tmp_path / "s.gguf", gguf=SPLIT)
+    monkeypatch.setattr(os, "replace", real)
+    last = tmp_path / "s-00003-of-00003.gguf"
+    last.rename(tmp_path / "kept")
+    last.write_bytes(b"mine")
+    with pytest.raises(InputError, match="exists already"):
+        bitwright.to_gguf(MODEL, tmp_path / "s.gguf", gguf=SPLIT, resume="never")
+    assert last.read_bytes() == b"mine"

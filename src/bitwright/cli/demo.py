@@ -60,8 +60,10 @@ def demo(
                 calibration={"text": str(calibration), "samples": samples, "length": 512}, **options,
             )  # fmt: skip
         seconds = time.monotonic() - began
-        found = api.evaluate(target, against=folder, text=held_out, windows=windows).comparison
-        assert found is not None
+        found = api.evaluate(target, against=folder, text=held_out, windows=windows).quality
+        assert found.source is not None
+        assert found.kl is not None
+        assert found.top1 is not None
         if not rows:
             rows.append(
                 ("original", size(result.plan.source_bytes), "16.000", f"{found.source.perplexity:.2f}", "", "", "")
@@ -69,7 +71,7 @@ def demo(
         rows.append(
             (
                 name, size(result.plan.weight_file_bytes), f"{result.plan.quantized_bits_per_weight:.3f}",
-                f"{found.model.perplexity:.2f}", f"{found.kl_mean:.5f}", f"{100 * found.top1:.1f} %", f"{seconds:.1f} s",
+                f"{found.model.perplexity:.2f}", f"{found.kl.mean:.5f}", f"{100 * found.top1:.1f} %", f"{seconds:.1f} s",
             )
         )  # fmt: skip
     print_table(("", "weight files", "bits/weight*", "perplexity", "mean KL", "top-1 equal", "time"), rows)

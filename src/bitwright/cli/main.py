@@ -19,11 +19,14 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "plan": "What would become of every tensor: exact bytes, memory, who loads it. Reads no weights.",
     "quantize": "Quantize a checkpoint folder, into another one or into a GGUF file.",
+    "allocate": "Choose bits layer by layer under a budget; writes a recipe.",
     "convert": "Another layout without quantizing anew; plain weights; to and from GGUF.",
     "analyze": "Outliers among the inputs of every layer, and what they mean for 8-bit inputs.",
     "imatrix": "Collect importance weights for GGUF files, or rewrite an importance matrix.",
     "run": "Run a GGUF file with llama.cpp.",
-    "eval": "Perplexity, and KL divergence against the original.",
+    "eval": "Quality: perplexity, KL divergence against the original, tasks, errors of layers; a gate.",
+    "compare": "Several recipes on one model: quantized, measured, drawn in one report.",
+    "report": "Draw saved results as one HTML page that needs no network.",
     "inspect": "What is in a checkpoint or a GGUF file: tensors, schemes, bits per weight, recipe.",
     "demo": "Quantize the embedded model three ways and show the quality table.",
 }

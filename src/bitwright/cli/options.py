@@ -14,17 +14,30 @@ if TYPE_CHECKING:
     from bitwright.engine.recipe import Recipe
 
 __all__ = [
+    "Activations",
+    "AllowCode",
     "AllowPickle",
     "Bits",
+    "BitsPerWeight",
     "CalibrationFile",
+    "Candidates",
     "ChatTemplate",
+    "ConventionName",
+    "Device",
     "EmbeddingType",
+    "EvalBatch",
     "Field",
+    "Fit",
+    "FitBatch",
+    "FitContext",
+    "FitKv",
+    "Gate",
     "GroupSize",
     "Imatrix",
     "Inputs",
     "Keep",
     "KvCache",
+    "LayerErrors",
     "Layout",
     "LayoutOption",
     "Length",
@@ -42,12 +55,21 @@ __all__ = [
     "Scheme",
     "SchemeOption",
     "Seed",
+    "SensitivityMode",
     "Split",
+    "Stride",
     "Symmetric",
     "Target",
+    "TaskLimit",
+    "Tasks",
     "TensorType",
+    "Texts",
     "Transform",
     "Type",
+    "UseCache",
+    "WindowLength",
+    "Windows",
+    "budget_of",
     "build_recipe",
     "gguf_choice",
     "pairs",
@@ -170,6 +192,78 @@ OutputType = Annotated[str | None, typer.Option("--output-type", help="GGUF: typ
 Pure = Annotated[bool | None, typer.Option("--pure/--mixture", help="GGUF: one type everywhere.  [default: mixture]")]
 Pre = Annotated[str | None, typer.Option("--pre", help="GGUF: name of the pre-tokenizer, where it is not recognised.")]
 Split = Annotated[str | None, typer.Option("--split", help="GGUF: parts of at most this size, for example 4G.")]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        help="UTF-8 text file, NAME=FILE, or edge-cases (built in); repeatable.  [default: samples of the original]",
+    ),
+]
+WindowLength = Annotated[int, typer.Option("--length", help="Tokens a window.")]
+Stride = Annotated[
+    int | None, typer.Option("--stride", help="Sliding windows that advance by this.  [default: non-overlapping]")
+]
+ConventionName = Annotated[
+    str | None,
+    typer.Option("--convention", help="non-overlapping, sliding, or llama.cpp.  [default: as --stride says]"),
+]
+Windows = Annotated[
+    int | None, typer.Option("--windows", help="At most this many windows of each text.  [default: all]")
+]
+Activations = Annotated[
+    str, typer.Option("--dtype", help="Dtype of the activations: float32, bfloat16, float16 or checkpoint.")
+]
+EvalBatch = Annotated[int, typer.Option("--batch-size", help="Windows that are run at once.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+UseCache = Annotated[
+    bool, typer.Option("--cache/--no-cache", help="Keep the original's predictions for the next evaluation.")
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option("--tasks", help="Tasks of lm-evaluation-harness, by name, file or folder; joined by commas."),
+]
+TaskLimit = Annotated[int | None, typer.Option("--task-limit", help="At most this many questions a task.")]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code-execution", help="Tasks such as HumanEval may run what the model writes.")
+]
+LayerErrors = Annotated[bool, typer.Option("--layers", help="Measure the error of every layer too.")]
+Gate = Annotated[
+    str | None,
+    typer.Option("--gate", help='Limits, such as "ppl_increase<0.5,kl_mean<0.02"; default: ppl_increase<=0.5.'),
+]
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        "--fit",
+        help="Choose bits layer by layer so that the weight files take at most this, for example 4.5GB.",
+        show_default=False,
+    ),
+]
+BitsPerWeight = Annotated[
+    float | None,
+    typer.Option(
+        "--bits-per-weight",
+        help="Choose bits layer by layer so that quantized layers take this many bits a weight, scales included.",
+        show_default=False,
+    ),
+]
+Candidates = Annotated[
+    str | None,
+    typer.Option(
+        "--candidates",
+        help="What a budget may choose from, joined by commas: 3g64, 4g128, nf4, int8, keep, or GGUF types.  [default: by layout]",
+    ),
+]
+SensitivityMode = Annotated[
+    str | None,
+    typer.Option("--sensitivity", help="How losses are predicted: full, blocks or gram.  [default: full]"),
+]
+FitContext = Annotated[
+    int | None,
+    typer.Option("--context", help="With --fit: the KV cache of this many tokens must fit too."),
+]
+FitBatch = Annotated[int, typer.Option("--batch", help="With --context: sequences at a time.")]
+FitKv = Annotated[str, typer.Option("--kv", help="With --context: KV cache in bf16, fp16, fp8, int8, q8_0 or q4_0.")]
 Requantize = Annotated[
     bool, typer.Option("--requantize", help="GGUF: quantize what is in blocks already anew, with the errors of both.")
 ]
@@ -242,6 +336,50 @@ def gguf_choice(
     return {name: value for name, value in found.items() if value is not None}
 
 
+def budget_of(
+    model: str, *, fit: str | None, bits_per_weight: float | None, candidates: str | None, sensitivity: str | None,
+    context: int | None, batch: int, kv: str, gguf: bool,
+) -> dict[str, Any] | None:  # fmt: skip
+    """The recipe's ``budget`` section from flags; None where there is none. InputError for flags that need one."""
+    if fit is not None and bits_per_weight is not None:
+        raise InputError("--fit and --bits-per-weight are two budgets", mend="give one of them")
+    if fit is None and context is not None:
+        raise InputError("--context says what --fit must leave room for", mend="give --fit too")
+    if fit is None and bits_per_weight is None:
+        if candidates or sensitivity:
+            raise InputError(
+                "--candidates and --sensitivity belong to a budget", mend="give --fit or --bits-per-weight"
+            )
+        return None
+    found: dict[str, Any] = {}
+    if bits_per_weight is not None:
+        found["bits_per_weight"] = bits_per_weight
+    if fit is not None:
+        found["bytes"] = parse_bytes(fit)
+        if context is not None:
+            found["bytes"] -= _kv_cache(model, context, batch, kv, "llamacpp" if gguf else "transformers")
+            if found["bytes"] <= 0:
+                raise InputError(
+                    f"the KV cache of {context} tokens takes more than {fit}",
+                    mend="use a shorter --context, or --kv fp8",
+                )
+    if candidates:
+        found["candidates"] = [name.strip() for name in candidates.split(",") if name.strip()]
+    if sensitivity:
+        found["sensitivity"] = sensitivity
+    return found
+
+
+def _kv_cache(model: str, context: int, batch: int, kv: str, engine: str) -> int:
+    from bitwright.advise.kv_cache import kv_cache_bytes
+    from bitwright.advise.shape import model_shape
+    from bitwright.io.hub import resolve_model
+    from bitwright.io.strict import load_json
+
+    shape = model_shape(load_json(resolve_model(model) / "config.json"))
+    return kv_cache_bytes(shape, context=context, batch=batch, kv=kv, engine=engine)
+
+
 def build_recipe(
     recipe: str | Path | None, *, method: str | None = None, method_option: list[str] | None = None, bits: int | None = None,
     group_size: str | None = None, symmetric: bool | None = None, layout: str | None = None,
@@ -250,6 +388,7 @@ def build_recipe(
     samples: int | None = None, length: int | None = None, packing: str | None = None, chat_template: bool | None = None,
     seed: int | None = None, scheme: str | None = None, scheme_option: list[str] | None = None, transform: list[str] | None = None,
     inputs: str | None = None, kv_cache: str | None = None, gguf: dict[str, Any] | None = None,
+    budget: dict[str, Any] | None = None,
 ) -> Recipe:  # fmt: skip
     """The recipe that a file or preset and flags describe together; flags that were not given change nothing."""
     from bitwright.engine.recipe import load_recipe, make_recipe
@@ -279,6 +418,8 @@ def build_recipe(
         changes["calibration"] = text
     if gguf:
         changes["gguf"] = gguf
+    if budget:
+        changes["budget"] = budget
     if transform:
         changes["transforms"] = [_transform(item) for item in transform]
     if keep:

@@ -59,6 +59,13 @@ def quantize(
     pre: o.Pre = None,
     split: o.Split = None,
     requantize: o.Requantize = False,
+    fit: o.Fit = None,
+    bits_per_weight: o.BitsPerWeight = None,
+    candidates: o.Candidates = None,
+    sensitivity: o.SensitivityMode = None,
+    context: o.FitContext = None,
+    batch: o.FitBatch = 1,
+    kv: o.FitKv = "bf16",
     target: o.Target = None,
     resume: Annotated[str, typer.Option("--resume", help="auto, require or never.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output, in one rename.")] = False,
@@ -72,11 +79,16 @@ def quantize(
     gguf = o.gguf_choice(type_, imatrix, tensor_type, embedding_type, output_type, pure, pre, split)
     if output.suffix == ".gguf" and layout is None:
         layout = "gguf"
+    budget = o.budget_of(
+        model, fit=fit, bits_per_weight=bits_per_weight, candidates=candidates, sensitivity=sensitivity, context=context,
+        batch=batch, kv=kv, gguf=layout == "gguf" or bool(gguf),
+    )  # fmt: skip
     made = o.build_recipe(
         recipe, method=method, method_option=method_option, bits=bits, group_size=group_size, symmetric=symmetric, layout=layout,
         layout_option=layout_option, keep=keep, head=head, embeddings=embeddings, strict=strict, calibration=calibration,
         field=calibration_field, samples=samples, length=length, packing=packing, chat_template=chat_template, seed=seed,
         scheme=scheme, scheme_option=scheme_option, transform=transform, inputs=inputs, kv_cache=kv_cache, gguf=gguf,
+        budget=budget,
     )  # fmt: skip
     from bitwright.cli.progress import ConsoleProgress
 

@@ -14,12 +14,11 @@ from rich.text import Text
 from bitwright.io.text import printable
 
 if TYPE_CHECKING:
-    from bitwright.api import Evaluation
     from bitwright.engine.memory import Forecast
     from bitwright.engine.plan import Plan
     from bitwright.engine.run import Result
 
-__all__ = ["print_facts", "print_table", "show_evaluation", "show_inspection", "show_plan", "show_result", "size"]
+__all__ = ["print_facts", "print_table", "show_inspection", "show_plan", "show_result", "size"]
 
 _BLOCK = re.compile(r"\.(\d+)\.")
 
@@ -124,38 +123,6 @@ def show_result(result: Result) -> None:
             )
         )
     print_facts(facts)
-
-
-def show_evaluation(result: Evaluation) -> None:
-    """Perplexity and, where the original was given, the comparison."""
-    comparison = result.comparison
-    kind = "non-overlapping windows" if result.stride is None else f"windows advancing by {result.stride}"
-    if comparison is None:
-        print_table(
-            ("", "perplexity", "nll", "std. error"),
-            [
-                (
-                    "model",
-                    f"{result.perplexity.perplexity:.4f}",
-                    f"{result.perplexity.nll:.5f}",
-                    f"{result.perplexity.error:.5f}",
-                )
-            ],
-        )
-    else:
-        print_table(
-            ("", "perplexity", "nll", "KL mean", "KL median", "KL 99 %", "top-1 equal"),
-            [
-                ("original", f"{comparison.source.perplexity:.4f}", f"{comparison.source.nll:.5f}", "", "", "", ""),
-                (
-                    "model", f"{comparison.model.perplexity:.4f}", f"{comparison.model.nll:.5f}", f"{comparison.kl_mean:.6f}",
-                    f"{comparison.kl_median:.6f}", f"{comparison.kl_99:.5f}", f"{100 * comparison.top1:.2f} %",
-                ),
-            ],
-        )  # fmt: skip
-    print_facts(
-        [("measured on", f"{result.perplexity.tokens} predictions, {result.windows} {kind} of {result.length} tokens")]
-    )
 
 
 def show_inspection(found: dict[str, Any], *, all_tensors: bool) -> None:

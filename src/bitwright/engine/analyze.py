@@ -12,7 +12,7 @@ from bitwright.errors import InputError
 from bitwright.evaluation.outliers import InputProbe, LayerInput, OutlierReport, summarize
 from bitwright.model.structure import LinearUnit
 
-__all__ = ["analyze_folder"]
+__all__ = ["analyze_folder", "label_of"]
 
 
 def analyze_folder(
@@ -45,14 +45,14 @@ def analyze_folder(
     ) as watch:  # fmt: skip
         for index, watched in watch.run():
             for seen in watched:
-                label, layers = _label(seen.units, index), [unit.name for unit in seen.units]
+                label, layers = label_of(seen.units, index), [unit.name for unit in seen.units]
                 found.append(summarize(seen.probe, block=index, label=label, layers=layers, top=top))
     if not found:
         raise InputError("the blocks hold no linear layers", mend="analyze a decoder model")
     return OutlierReport(model.name, Path(watch.tokens.origin).name, watch.tokens.count, threshold, tuple(found))
 
 
-def _label(units: Sequence[LinearUnit], block: int) -> str:
+def label_of(units: Sequence[LinearUnit], block: int) -> str:
     """The linears' names inside their block, those of experts with ``*`` for the number, the first one's parent said once."""
     inside = [unit.name.partition(f".{block}.")[2] or unit.name for unit in units]
     names = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in inside))

@@ -32,7 +32,7 @@ from bitwright.errors import NumericError, ResumeError
 from bitwright.model.blocks import BlockCall, BlockRunner, Capture
 from bitwright.model.structure import LinearUnit
 
-__all__ = ["Blockwise", "cast_call"]
+__all__ = ["Blockwise", "cast_call", "put_back", "unit_view"]
 
 
 #: Tokens whose logits are held at a time when quality is measured.
@@ -284,7 +284,7 @@ class Blockwise:
                 outcome = replace(outcome, fallback=f"search: only {tokens} tokens reached this expert")
             outcome = with_input_ranges(entry, outcome, given)
             work.store(entry, outcome, tokens)
-            _put_back(block, unit, prefix, outcome.tensor.decode())
+            put_back(block, unit, prefix, outcome.tensor.decode())
             if entry.scheme is not None and entry.scheme.inputs is not None:
                 self._input_schemes[slot] = (entry.scheme.inputs, outcome.tensor.inputs)
 
@@ -332,8 +332,13 @@ def _perplexity(nll: float) -> float:
     return math.exp(min(nll, 700.0))
 
 
-def _put_back(block: nn.Module, unit: LinearUnit, prefix: str, decoded: torch.Tensor) -> None:
+def put_back(block: nn.Module, unit: LinearUnit, prefix: str, decoded: torch.Tensor) -> None:
     """Write a decoded weight ``(out, in)`` into its place in the block's parameter."""
+    unit_view(block, unit, prefix).copy_(decoded)
+
+
+def unit_view(block: nn.Module, unit: LinearUnit, prefix: str) -> torch.Tensor:
+    """The ``(out, in)`` weight of a unit inside the parameter of a loaded block that holds it: a view. prefix: path of the block."""
     assert unit.place is not None
     view: torch.Tensor = block.get_parameter(unit.place.parameter.removeprefix(prefix))
     if unit.place.expert is not None:
@@ -342,7 +347,7 @@ def _put_back(block: nn.Module, unit: LinearUnit, prefix: str, decoded: torch.Te
         view = view.T
     if unit.place.rows is not None:
         view = view[unit.place.rows[0] : unit.place.rows[1]]
-    view.copy_(decoded)
+    return view
 
 
 def cast_call(call: BlockCall, dtype: torch.dtype) -> BlockCall:

@@ -43,6 +43,7 @@ def collect_imatrix(
     shuffle: bool = True,
     max_memory_bytes: int | None = None,
     pre: str | None = None,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> ImportanceMatrix:
     """The importance matrix of the checkpoint folder ``model``.
@@ -54,12 +55,12 @@ def collect_imatrix(
     seen: dict[str, _Squares] = {}
     with watching(
         model, _Squares, text=text, samples=samples, length=length, seed=seed, max_memory_bytes=max_memory_bytes,
-        progress=progress, stacks=False, shuffle=shuffle,
+        progress=progress, stacks=False, shuffle=shuffle, allow_pickle=allow_pickle,
     ) as watch:  # fmt: skip
         for _, watched in watch.run():
             for found in watched:
                 seen |= {unit.name: found.probe for unit in found.units}
-    with open_source(model) as source:
+    with open_source(model, allow_pickle=allow_pickle) as source:
         export = describe(source, pre=pre)
     entries: dict[str, Sums] = {}
     for road in export.roads:

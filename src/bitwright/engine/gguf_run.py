@@ -145,13 +145,20 @@ def write_gguf_file(
     with ExitStack() as stack:
         staging = stack.enter_context(Staging.acquire(output, overwrite=overwrite, source=model, file=True))
         try:
+            staging.take_back()
             if resume == "never":
                 staging.reset()
             if resume == "require" and not staging.exists_partial:
                 raise ResumeError("there is no interrupted run to resume", mend="start one with --resume auto")
             _same_run(staging.work, recipe, model)
+            if choice.imatrix == "auto" or _calibrated(recipe):
+                # What the end of the run would refuse is refused before the hours of work.
+                with _opened(recipe, model, allow_pickle=allow_pickle, lossy=lossy) as early:
+                    weighed = imatrix is not None or choice.imatrix == "auto"
+                    first = _plan(recipe, early, choice, weighed, output.stem, requantize)
+                    _check_targets(staging, first, early, model)
             if choice.imatrix == "auto":
-                imatrix = _auto_imatrix(recipe, model, staging.work, max_memory_bytes, progress)
+                imatrix = _auto_imatrix(recipe, model, staging.work, max_memory_bytes, allow_pickle, progress)
             source: Found
             if _calibrated(recipe) and not is_gguf(model):
                 folder = _calibrate(
@@ -161,6 +168,7 @@ def write_gguf_file(
             else:
                 source = stack.enter_context(_opened(recipe, model, allow_pickle=allow_pickle, lossy=lossy))
             plan = _plan(recipe, source, choice, imatrix is not None, output.stem, requantize, imatrix)
+            _check_targets(staging, plan, source, model)
             for note in plan.notes:
                 progress.note(note)
             journal = _journal(staging, _identity(recipe, source, imatrix, plan), resume, plan, progress)
@@ -187,6 +195,12 @@ def write_gguf_file(
             where = printable(str(output))
             raise os_error(error, f"writing {where}", folder=output.absolute().parent) from error
     return GgufResult(published[0], plan, hashes)
+
+
+def _check_targets(staging: Staging, plan: GgufPlan, source: Found, model: Path) -> None:
+    """InputError where a file of the plan cannot be published. A split source is read from all of its parts."""
+    read = source.file.paths if isinstance(source, FromFile) else (model,)
+    staging.check_files([part.file_name for part in plan.parts], read)
 
 
 def _choice(recipe: Recipe) -> GgufChoice:
@@ -216,6 +230,11 @@ def _opened(recipe: Recipe, model: Path, *, allow_pickle: bool, lossy: bool) -> 
             raise InputError(
                 f"method {recipe.method} and transforms run the model, which needs a checkpoint folder, not a GGUF file",
                 mend="start from the folder, or `bitwright convert FILE -o FOLDER --layout dense` first",
+            )
+        if _choice(recipe).imatrix == "auto":
+            raise InputError(
+                "importance weights are collected by running the model, which needs a checkpoint folder, not a GGUF file",
+                mend="give --imatrix FILE, collected from the folder with `bitwright imatrix`",
             )
         with GgufFile.open(model) as file:
             yield FromFile(file)
@@ -345,7 +364,8 @@ def _values(
         section["imatrix"] = Path(section["imatrix"]).name
     made: dict[str, Any] = {"bitwright": versions()["bitwright"], "method": recipe.method, "gguf": section}
     if recipe.transforms:
-        made["transforms"] = [transform.model_dump() for transform in recipe.transforms]
+        # With the seed a rotation can be repeated, to compare with the source layer by layer.
+        made |= {"transforms": [transform.model_dump() for transform in recipe.transforms], "seed": recipe.seed}
     values["bitwright.recipe"] = string(json.dumps(made, sort_keys=True))
     return values
 
@@ -386,7 +406,7 @@ def _same_run(work: Path, recipe: Recipe, model: Path) -> None:
 
 
 def _auto_imatrix(
-    recipe: Recipe, model: Path, work: Path, max_memory_bytes: int | None, progress: Progress
+    recipe: Recipe, model: Path, work: Path, max_memory_bytes: int | None, allow_pickle: bool, progress: Progress
 ) -> ImportanceMatrix:
     """Collected from the calibration text, once per run: an interrupted one finds it again."""
     from bitwright.engine.gguf_imatrix import collect_imatrix
@@ -397,7 +417,7 @@ def _auto_imatrix(
         text = recipe.calibration
         found = collect_imatrix(
             model, text=text.text, samples=text.samples, length=text.length, seed=recipe.seed, shuffle=text.shuffle,
-            max_memory_bytes=max_memory_bytes, pre=_choice(recipe).pre, progress=progress,
+            max_memory_bytes=max_memory_bytes, pre=_choice(recipe).pre, allow_pickle=allow_pickle, progress=progress,
         )  # fmt: skip
         write_imatrix(found, held)
     return read_imatrix(held)

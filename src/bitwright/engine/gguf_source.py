@@ -36,8 +36,8 @@ class Place:
 
     @property
     def columns(self) -> int:
-        """Length of a row."""
-        return self.shape[-1]
+        """Length of a row; 1 for a single number."""
+        return self.shape[-1] if self.shape else 1
 
     @property
     def matrices(self) -> int:

@@ -29,7 +29,7 @@ from bitwright.model.roles import role_of
 from bitwright.model.skeleton import Skeleton, build_skeleton
 from bitwright.model.structure import LinearUnit, Structure, structure_from_headers, structure_from_skeleton
 
-__all__ = ["ENGINES", "Plan", "PlanEntry", "make_plan"]
+__all__ = ["ENGINES", "Plan", "PlanEntry", "make_layout", "make_plan", "make_scheme"]
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,17 @@ def make_plan(recipe: Recipe, source: Source, *, target: str | None = None) -> P
     target: an engine that the output must load in. Raises PlanError (with the mend) for what cannot be carried out: a group size
     that does not divide, a scheme the layout cannot store, parts of a fused layer that differ, an engine that would refuse.
     """
+    if recipe.budget is not None:
+        raise PlanError(
+            "which bits a budget gives to which layer is measured, not read off headers",
+            mend="see `bitwright allocate`",
+        )
     if target is not None and target not in ENGINES:
         raise PlanError(f"engine '{target}' is unknown", mend=f"use one of: {', '.join(ENGINES)}")
     notes: list[str] = []
     skeleton, names, structure = _structure(recipe, source, notes)
     model_dtype = _model_dtype(source)
-    layout = _make_layout(recipe)
+    layout = make_layout(recipe)
     entries = _entries(recipe, source, structure, layout, model_dtype, skeleton)
     kv_cache, attention = _kv_cache(recipe, layout, skeleton, structure)
     _refuse_nothing(entries)
@@ -246,7 +251,8 @@ def _compute_dtype(recipe: Recipe, model_dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if model_dtype == torch.bfloat16 and native else torch.float32
 
 
-def _make_layout(recipe: Recipe) -> Layout:
+def make_layout(recipe: Recipe) -> Layout:
+    """The layout that a recipe names, with its options."""
     layout = build(catalog.load("layouts", recipe.layout), recipe.layout_options, f"layout '{recipe.layout}'")
     assert isinstance(layout, Layout)
     return layout

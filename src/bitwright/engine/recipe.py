@@ -23,7 +23,7 @@ from bitwright.io.strict import load_yaml
 from bitwright.model.roles import ROLES
 
 __all__ = [
-    "Calibration", "Choice", "GgufChoice", "Override", "Recipe", "block_numbers", "load_recipe", "make_inputs", "make_method",
+    "Budget", "Calibration", "Choice", "GgufChoice", "Override", "Recipe", "block_numbers", "load_recipe", "make_inputs", "make_method",
     "make_plugin", "make_recipe",
 ]  # fmt: skip
 
@@ -195,6 +195,28 @@ class GgufChoice(_Strict):
         return self
 
 
+class Budget(_Strict):
+    """Bits under a budget: the scheme (or GGUF type) of every layer is chosen so that the predicted loss is smallest.
+
+    bits_per_weight: over the layers that are quantized, scales and zero points included; or bytes: of all weight files together.
+    candidates: what is on offer, for example ``3g64``, ``4g128``, ``nf4``, ``int8``, ``keep``, or GGUF types (default: by layout).
+    sensitivity: how losses are predicted, see ``engine.sensitivity``; on samples x length tokens of the calibration text.
+    """
+
+    bits_per_weight: float | None = Field(default=None, gt=0, le=32)
+    bytes: int | None = Field(default=None, ge=1)
+    candidates: tuple[str, ...] = ()
+    sensitivity: Literal["full", "blocks", "gram"] = "full"
+    samples: int = Field(default=8, ge=1)
+    length: int = Field(default=512, ge=8)
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if (self.bits_per_weight is None) == (self.bytes is None):
+            raise ValueError("a budget is either bits_per_weight or bytes")
+        return self
+
+
 class Recipe(_Strict):
     """Everything that decides the bytes of the output. Unknown keys are refused.
 
@@ -218,6 +240,7 @@ class Recipe(_Strict):
     layout_options: dict[str, Any] = Field(default_factory=dict)
     gguf: GgufChoice | None = None
     overrides: tuple[Override, ...] = ()
+    budget: Budget | None = None
     head: bool = False
     embeddings: bool = False
     calibration: Calibration = Calibration()

@@ -28,11 +28,11 @@ from bitwright.engine.run import open_source, vocab_size
 from bitwright.engine.sample import sample_tokens
 from bitwright.errors import InputError, NumericError
 from bitwright.io.safetensors_dir import SafetensorsDir
-from bitwright.model.blocks import BlockRunner
+from bitwright.model.blocks import BlockCall, BlockRunner
 from bitwright.model.observe import InputObserver, Slot
 from bitwright.model.structure import LinearUnit
 
-__all__ = ["Probe", "Watch", "Watched", "watching"]
+__all__ = ["Probe", "Watch", "Watched", "first_hidden", "watched_inputs", "watching"]
 
 #: Hidden states that are held in memory; what is beyond is read back from temporary files.
 _ACTIVATION_BYTES = 1 << 30
@@ -82,6 +82,7 @@ def watching(
     progress: Progress,
     stacks: bool = True,
     shuffle: bool = True,
+    allow_pickle: bool = False,
 ) -> Iterator[Watch[P]]:
     """Open the checkpoint folder ``model`` and its text for a walk through the blocks.
 
@@ -95,7 +96,10 @@ def watching(
             "calibration": {"text": None if text is None else str(text), "samples": samples, "length": length, "shuffle": shuffle},
         }
     )  # fmt: skip
-    with open_source(model) as source, tempfile.TemporaryDirectory(prefix="bitwright-watch-") as folder:
+    with (
+        open_source(model, allow_pickle=allow_pickle) as source,
+        tempfile.TemporaryDirectory(prefix="bitwright-watch-") as folder,
+    ):
         given = None if text is None else _tokens(recipe, source)
         plan = make_plan(recipe, source)
         if plan.skeleton is None:
@@ -135,15 +139,7 @@ class Watch(Generic[P]):
         self._plan, self._progress, self._make_probe, self._stacks = plan, progress, make_probe, stacks
         self._prefix = plan.skeleton.blocks_path
         self._runner = BlockRunner(plan.skeleton, plan.names, source, plan.compute_dtype)
-        captures = self._runner.capture(tokens.batches)
-        self._calls = [capture.calls for capture in captures]
-        total = sum(capture.hidden.nbytes for capture in captures)
-        self._store = ActivationStore(folder, cap_bytes=cap_bytes, total_bytes=total)
-        with closing(self._store.writer(0)) as writer:
-            for capture in captures:
-                writer.append(capture.hidden)
-            writer.finish()
-        self._store.adopt(writer)
+        self._store, self._calls = first_hidden(self._runner, tokens.batches, folder, cap_bytes)
 
     def run(self) -> Iterator[tuple[int, list[Watched[P]]]]:
         """Block by block, in order: its number and what was seen there. NumericError where activations are not finite."""
@@ -203,16 +199,34 @@ class Watch(Generic[P]):
         return [seen for seen in watched if seen.probe.count]
 
     def _watched(self, groups: Sequence[Group]) -> list[Watched[P]]:
-        """One for each group of dense linears, one for all experts of a stack together, or one for each expert."""
-        together: dict[object, list[Group]] = {}
-        for group in groups:
-            name, expert = group.slots[0]
-            together.setdefault(name if expert is not None and self._stacks else group.slots, []).append(group)
-        return [
-            Watched(
-                tuple(slot for group in stack for slot in group.slots),
-                tuple(unit for group in stack for unit in group.units),
-                self._make_probe(stack[0].columns),
-            )
-            for stack in together.values()
-        ]
+        return watched_inputs(groups, self._make_probe, stacks=self._stacks)
+
+
+def first_hidden(
+    runner: BlockRunner, batches: Sequence[torch.Tensor], folder: Path, cap_bytes: int
+) -> tuple[ActivationStore, list[tuple[BlockCall, ...]]]:
+    """What enters the first block, stored in ``folder``, and how every block is called for each batch."""
+    captures = runner.capture(batches)
+    store = ActivationStore(folder, cap_bytes=cap_bytes, total_bytes=sum(capture.hidden.nbytes for capture in captures))
+    with closing(store.writer(0)) as writer:
+        for capture in captures:
+            writer.append(capture.hidden)
+        writer.finish()
+    store.adopt(writer)
+    return store, [capture.calls for capture in captures]
+
+
+def watched_inputs(groups: Sequence[Group], make_probe: Callable[[int], P], *, stacks: bool) -> list[Watched[P]]:
+    """One for each group of dense linears, one for all experts of a stack together, or (stacks False) one for each expert."""
+    together: dict[object, list[Group]] = {}
+    for group in groups:
+        name, expert = group.slots[0]
+        together.setdefault(name if expert is not None and stacks else group.slots, []).append(group)
+    return [
+        Watched(
+            tuple(slot for group in stack for slot in group.slots),
+            tuple(unit for group in stack for unit in group.units),
+            make_probe(stack[0].columns),
+        )
+        for stack in together.values()
+    ]

@@ -1,9 +1,11 @@
-"""Cut a token stream into evaluation windows: the two conventions that people quote.
+"""Cut a token stream into evaluation windows: the conventions that people quote.
 
 * ``non-overlapping``: windows of ``length`` tokens side by side; every token but the first of each window is predicted. This is
   what GPTQ's and most papers' "perplexity on WikiText2" means.
 * ``sliding``: windows of ``length`` tokens that advance by ``stride``; only the tokens that are new to a window count, so that each
   token is predicted once with at least ``length - stride`` tokens of context (the recipe in transformers' documentation).
+* ``llama.cpp``: windows side by side, of which only the second half counts, so that every prediction has at least half a window of
+  context; where the model wants a first token (BOS), it stands in the place of each window's first (``llama-perplexity``).
 """
 
 from __future__ import annotations
@@ -15,20 +17,30 @@ import torch
 
 from bitwright.errors import InputError
 
-__all__ = ["Window", "make_windows"]
+__all__ = ["Window", "make_windows", "second_halves"]
 
 
 @dataclass(frozen=True)
 class Window:
-    """tokens: ``(1, length)`` int64; new: index of the first token that no window before it held."""
+    """tokens: ``(1, length)`` int64; new: index of the first token that no window before it held.
+
+    inner: only positions whose next token lies in the window count, from ``new`` on (llama.cpp's way); else the distribution after the
+    last token counts as well, and token ``new`` is predicted from the position before it.
+    """
 
     tokens: torch.Tensor
     new: int = 0
+    inner: bool = False
 
     @property
     def first(self) -> int:
         """Index of the first token whose prediction counts: the first new one, but nothing predicts token 0."""
-        return max(self.new, 1)
+        return self.new + 1 if self.inner else max(self.new, 1)
+
+    @property
+    def positions(self) -> slice:
+        """The positions whose whole distribution counts."""
+        return slice(self.new, int(self.tokens.shape[1]) - int(self.inner))
 
     @property
     def counted(self) -> int:
@@ -74,3 +86,27 @@ def make_windows(
         if end == len(stream) or (limit is not None and len(windows) >= limit):
             break
     return windows
+
+
+def second_halves(
+    ids: Sequence[int], *, length: int, first_token: int | None = None, limit: int | None = None
+) -> list[Window]:
+    """``llama-perplexity``'s windows. first_token: put in the place of each window's first token; limit: at most this many.
+
+    >>> [(w.tokens.tolist()[0], w.first, w.counted) for w in second_halves(range(9), length=4, first_token=77)]
+    [([77, 1, 2, 3], 3, 1), ([77, 5, 6, 7], 3, 1)]
+    """
+    if length < 4:
+        raise InputError(f"half a window of {length} tokens predicts nothing", mend="use a length of at least 4")
+    found: list[Window] = []
+    for window in make_windows(ids, length=length, limit=limit):
+        if window.tokens.shape[1] < length:
+            raise InputError(
+                f"the evaluation text has {window.tokens.shape[1]} tokens, fewer than a window of {length}",
+                mend="give a longer text, or use a smaller length",
+            )
+        tokens = window.tokens.clone()
+        if first_token is not None:
+            tokens[0, 0] = first_token
+        found.append(Window(tokens, length // 2, inner=True))
+    return found

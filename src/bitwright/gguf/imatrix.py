@@ -80,6 +80,8 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     except OSError as error:
         raise os_error(error, printable(str(path))) from error
     found = _read_gguf(path) if head == _GGUF_MAGIC else _read_dat(path)
+    if not 0 <= found.chunks < 2**32:
+        raise InputError(f"{printable(str(path))} claims to be made from {found.chunks} chunks", mend=_MEND)
     for name, sums in found.entries.items():
         good = np.isfinite(sums.squares).all() and np.isfinite(sums.counts).all() and (sums.squares >= 0).all()
         if not good:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bitwright.blocks.types import BlockType
 from bitwright.core.tensor import TensorSpec
 from bitwright.errors import InputError
 from bitwright.gguf.architecture import Architecture, Floats, Piece, Road, Rule
@@ -73,6 +74,10 @@ class HfView:
     def tensors(self) -> Mapping[str, TensorSpec]:
         """Every tensor by its name in transformers."""
         return MappingProxyType(self._specs)
+
+    def block_type(self, name: str) -> BlockType:
+        """What the file stores a tensor as."""
+        return self._file.tensors[self._ways[name].road.name].block
 
     def fingerprint(self) -> Mapping[str, str]:
         """The file's."""
@@ -279,6 +284,8 @@ def _dtype(file: GgufFile) -> torch.dtype:
 
 def _shape(rule: Rule, shape: tuple[int, ...], count: int, where: str, name: str) -> tuple[int, ...]:
     """The shape of each of the ``count`` tensors of the checkpoint that a GGUF tensor is made of."""
+    if not shape:
+        raise InputError(f"{where}: {quoted(name)} is a single number", mend="the file is damaged")
     if "{expert}" in rule.hf:
         if len(shape) != 3 or shape[0] != count:
             raise InputError(

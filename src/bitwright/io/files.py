@@ -24,6 +24,7 @@ __all__ = [
     "sha256_file",
     "signature",
     "write_at",
+    "write_text",
 ]
 
 #: one system call moves at most this much: Linux stops at 2 GiB - 4 KiB, and signals stay answered
@@ -131,3 +132,20 @@ def sha256_file(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise os_error(error, where) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small UTF-8 file whole, or leave the one before; raises InputError or ResourceError naming it."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise os_error(error, f"writing {printable(str(path))}", folder=_existing(path.absolute().parent)) from error
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder

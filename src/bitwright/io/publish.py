@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import stat
@@ -29,6 +30,8 @@ from bitwright.io.text import printable
 __all__ = ["Staging"]
 
 _WORK = ".bitwright"
+#: in the work folder: files that are being renamed to their places -> device and inode
+_MOVING = "moving.json"
 
 
 class Staging:
@@ -125,6 +128,14 @@ class Staging:
             raise os_error(error, f"publishing {printable(str(output))}", folder=parent) from error
         self.release()
 
+    def check_files(self, names: Sequence[str], sources: Sequence[Path]) -> None:
+        """Raise InputError where ``publish_files`` would refuse these names, or would write over one of the files that are read."""
+        for name in names:
+            target = self._output.parent / name
+            for source in sources:
+                _check_apart(target, source)
+            _check_output(target, self._overwrite, True)
+
     def publish_files(self, names: Sequence[str]) -> list[Path]:
         """Bring files of the partial folder to the disk and rename them to their places beside each other; the rest is dropped.
 
@@ -137,6 +148,7 @@ class Staging:
             for target in targets:
                 _check_output(target, self._overwrite, True)
             fsync_tree(self.folder, _umask(), skip=_WORK)
+            self._note_files(names)
             for target in reversed(targets):
                 os.replace(self.folder / target.name, target)
             fsync_folder(parent)
@@ -145,6 +157,35 @@ class Staging:
             raise os_error(error, f"publishing {printable(str(self._output))}", folder=parent) from error
         self.release()
         return targets
+
+    def _note_files(self, names: Sequence[str]) -> None:
+        """Write down which files are about to be renamed, so that a run killed in between can be told from somebody else's files."""
+        status = {name: (self.folder / name).lstat() for name in names}
+        with (self.work / _MOVING).open("w", encoding="utf-8") as file:
+            json.dump({name: [found.st_dev, found.st_ino] for name, found in status.items()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        fsync_folder(self.work)
+
+    def take_back(self) -> None:
+        """Fetch files that a run which was killed inside ``publish_files`` had renamed already, and nothing else."""
+        self._require_lock()
+        note = self.work / _MOVING
+        try:
+            noted = json.loads(note.read_text(encoding="utf-8"))
+            for name, place in noted.items():
+                target = self._output.parent / name
+                if not os.path.lexists(self.folder / name) and os.path.lexists(target):
+                    found = target.lstat()
+                    if place == [found.st_dev, found.st_ino]:
+                        os.replace(target, self.folder / name)
+            note.unlink()
+        except FileNotFoundError:
+            return
+        except ValueError:
+            note.unlink()  # killed while it was written: nothing had been renamed
+        except OSError as error:
+            raise os_error(error, printable(str(self.folder)), folder=self._output.parent) from error
 
     def _take_name(self) -> None:
         """The renames of ``publish``; where they fail, the partial output is resumable as before. Raises OSError."""

@@ -62,6 +62,7 @@ class LlamaCpp:
         self._child = child
         self._log = log
         self._buffer = b""
+        self._answering = False
 
     @classmethod
     def load(cls, path: Path, options: LlamaOptions | None = None) -> Self:
@@ -78,7 +79,8 @@ class LlamaCpp:
         log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
         try:
             child = subprocess.Popen(
-                [sys.executable, "-m", "bitwright.runtime.llamacpp_child"],
+                # -P: without it, modules in the current folder would be imported before those of Python.
+                [sys.executable, "-P", "-m", "bitwright.runtime.llamacpp_child"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
         except OSError as error:
@@ -138,9 +140,14 @@ class LlamaCpp:
         self._log.close()
 
     def _ask(self, kind: str, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """All answers to one request; a caller that stops listening stops the generation."""
+        """All answers to one request; a caller that stops listening stops the generation. InputError while another one is answered."""
+        if self._answering:
+            raise InputError(
+                "the model is still answering another request",
+                mend="read that answer to its end, or close it, before asking again",
+            )
         self._send({"ask": kind, "request": dict(request)})
-        done = False
+        self._answering, done = True, False
         try:
             while True:
                 message = self._receive(self._options.answer_seconds)
@@ -154,11 +161,15 @@ class LlamaCpp:
         finally:
             if not done and self._child.poll() is None and not self._log.closed:
                 self._send({"stop": True})
-                while not self._receive(self._options.answer_seconds).get("done"):
-                    pass
+                with contextlib.suppress(InputError):  # a refusal is an end too, and nobody listens any more
+                    while not self._receive(self._options.answer_seconds).get("done"):
+                        pass
+            self._answering = False
 
     def _send(self, message: Mapping[str, Any]) -> None:
         assert self._child.stdin is not None
+        if self._log.closed:
+            raise InputError("the model is closed", mend="load it again")
         try:
             self._child.stdin.write(json.dumps(message).encode() + b"\n")
             self._child.stdin.flush()
@@ -169,10 +180,11 @@ class LlamaCpp:
         """The next message. InputError for a refusal, ResourceError where none comes."""
         assert self._child.stdout is not None
         descriptor = self._child.stdout.fileno()
+        poll = select.poll()  # select() itself takes no descriptor above 1023
+        poll.register(descriptor, select.POLLIN)
         until = time.monotonic() + seconds
         while b"\n" not in self._buffer:
-            ready, _, _ = select.select([descriptor], [], [], max(0.0, until - time.monotonic()))
-            if not ready:
+            if not poll.poll(1000 * max(0.0, until - time.monotonic())):
                 self._child.kill()
                 raise ResourceError(
                     f"{printable(str(self.path))}: llama.cpp gave no answer for {seconds:.0f} s",

@@ -9,7 +9,7 @@ import bitwright
 
 PUBLIC = [
     "BitwrightError", "Conversion", "Evaluation", "HubError", "InputError", "NumericError", "OutlierReport", "PlanError", "Recipe",
-    "ResourceError", "Result", "ResumeError", "Stopped", "VerifyError", "analyze", "collect_imatrix", "convert", "evaluate",
+    "ResourceError", "Result", "ResumeError", "Stopped", "VerifyError", "allocate", "analyze", "collect_imatrix", "convert", "evaluate",
     "from_gguf", "load", "quantize", "to_gguf",
 ]  # fmt: skip
 CODES = {

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from bitwright.blocks.types import TYPES
 from bitwright.errors import InputError, PlanError
 from bitwright.gguf.imatrix import ImportanceMatrix, Sums, read_imatrix, write_imatrix
 
@@ -151,3 +152,18 @@ def test_what_is_collected_are_the_mean_squares_that_hooks_on_the_whole_model_se
         np.testing.assert_allclose(weights[0], (sums[theirs] / 256).numpy(), rtol=2e-2)
     assert "token_embd.weight" not in found.entries
     assert len(found.entries) == 8 * 7
+
+
+@pytest.mark.parametrize("chunks", [-5, 2**40])
+def test_numbers_of_chunks_that_no_file_can_state_are_refused(chunks, tmp_path):
+    from bitwright.io.gguf_values import i64, string
+    from bitwright.io.gguf_writer import GgufEntry, GgufWriter, plan_gguf
+
+    values = {"general.type": string("imatrix"), "imatrix.chunk_count": i64(chunks)}
+    parts = {"blk.0.attn_q.weight.in_sum2": (1, 32), "blk.0.attn_q.weight.counts": (1, 1)}
+    plan = plan_gguf(values, [GgufEntry(name, shape, TYPES["F32"]) for name, shape in parts.items()], stem="m")
+    with GgufWriter(tmp_path, plan) as writer:
+        for name, shape in parts.items():
+            writer.write(name, np.ones(shape, np.float32).view(np.uint8))
+    with pytest.raises(InputError, match=r"m\.gguf claims to be made from"):
+        read_imatrix(tmp_path / "m.gguf")

@@ -73,3 +73,48 @@ def test_damaged_files_are_refused_before_llama_cpp_sees_them(file: Path, tmp_pa
     short.write_bytes(file.read_bytes()[:100_000])
     with pytest.raises(InputError, match=r"short\.gguf"):
         LlamaCpp.load(short, OPTIONS)
+
+
+def test_a_second_request_does_not_read_the_answer_to_the_first(file: Path) -> None:
+    with LlamaCpp.load(file, OPTIONS) as loaded:
+        expected = loaded.generate("Once", max_tokens=12, temperature=0)
+        stream = loaded.stream("Once", max_tokens=12, temperature=0)
+        first = next(stream)
+        with pytest.raises(InputError, match="still answering"):
+            loaded.generate("The old man", max_tokens=4)
+        assert first + "".join(stream) == expected
+        assert loaded.generate("Once", max_tokens=12, temperature=0) == expected
+
+
+def test_modules_in_the_current_folder_are_not_imported(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "queue.py").write_text("raise SystemExit(3)")
+    absolute = file.resolve()
+    monkeypatch.chdir(tmp_path)
+    with LlamaCpp.load(absolute, OPTIONS) as loaded:
+        assert loaded.generate("Once", max_tokens=2)
+
+
+def test_a_closed_model_says_so(file: Path) -> None:
+    with LlamaCpp.load(file, OPTIONS) as loaded:
+        pass
+    with pytest.raises(InputError, match="closed"):
+        loaded.generate("Once")
+
+
+def test_processes_with_many_open_files_can_listen(file: Path) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1400:
+        pytest.skip("this many files cannot be opened")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1400), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with LlamaCpp.load(file, OPTIONS) as loaded:
+            assert loaded.generate("Once", max_tokens=2)
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
