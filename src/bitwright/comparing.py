@@ -26,6 +26,7 @@ from bitwright.io.safetensors_dir import SafetensorsDir
 from bitwright.io.text import printable
 from bitwright.report.document import Activation, Candidate, Document, Measurement
 from bitwright.report.gather import candidate_of, environment, gate_result, origin_of
+from bitwright.report.measured_card import enter_figures
 from bitwright.runtime.evaluating import (
     Convention,
     evaluate_path,
@@ -329,6 +330,8 @@ def _one(
             "recipe": entry.recipe.model_dump(mode="json", exclude_defaults=True),
             "method": entry.recipe.method,
         }
+    if target.is_dir():
+        enter_figures(target / "README.md", document)
     return document.model_copy(update={"candidates": (document.candidates[0].model_copy(update=changes),)})
 
 

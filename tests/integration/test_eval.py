@@ -182,6 +182,12 @@ def test_a_text_that_is_too_short_is_named(made, tmp_path, capsys):
     assert "text short" in capsys.readouterr().err
 
 
+def test_windows_longer_than_the_model_s_positions_are_refused(made, capsys):
+    _, out, _, text = made
+    assert run("eval", out, "--text", text, "--length", 129) == 2
+    assert "windows of 129 tokens, but the model was made for 128" in capsys.readouterr().err
+
+
 # --- compare -------------------------------------------------------------------------------------------------------------
 
 

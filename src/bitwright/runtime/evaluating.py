@@ -182,7 +182,7 @@ def evaluate_path(
             source = against
 
             def build(folder: Path) -> None:
-                with _running(source, dtype, "auto", place) as model:
+                with _running(source, dtype, "auto", place, every) as model:
                     store_reference(folder, run_windows(model, every, batch_size=batch_size))
 
             if cache:
@@ -192,7 +192,7 @@ def evaluate_path(
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bitwright-reference-")))
                 build(folder)
                 reference = StoredReference(folder)
-        with _running(path, dtype, kernel, place) as model:
+        with _running(path, dtype, kernel, place, every) as model:
             values = measure(model, every, reference, batch_size=batch_size)
     by_text, start = {}, 0
     for name, part in cut.items():
@@ -282,10 +282,11 @@ def _facts(path: Path, dtype: torch.dtype | None, place: torch.device) -> dict[s
 
 @contextmanager
 def _running(
-    path: Path, dtype: torch.dtype | None, kernel: str, place: torch.device
+    path: Path, dtype: torch.dtype | None, kernel: str, place: torch.device, windows: Sequence[Window]
 ) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """A checkpoint as ``tokens -> logits``; its memory is given back at the end."""
+    """A checkpoint as ``tokens -> logits`` for these windows; its memory is given back at the end."""
     held = [load_any(path, dtype=dtype, kernel=kernel).to(place)]
+    _check_windows(held[0].config.get_text_config(), windows, path)
 
     def run(tokens: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -297,3 +298,20 @@ def _running(
     finally:
         held.clear()
         gc.collect()
+
+
+def _check_windows(config: Any, windows: Sequence[Window], path: Path) -> None:
+    """InputError for windows that the model has no positions for, or tokens that it has no embedding of."""
+    longest = max(window.tokens.shape[1] for window in windows)
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and longest > positions:
+        raise InputError(
+            f"{path}: windows of {longest} tokens, but the model was made for {positions}",
+            mend=f"use --length {positions}",
+        )
+    largest = max(int(window.tokens.max()) for window in windows)
+    if largest >= config.vocab_size:
+        raise InputError(
+            f"{path}: the text has token {largest}, the model's vocabulary {config.vocab_size} entries",
+            mend="use the tokenizer that belongs to this model",
+        )
