@@ -14,12 +14,12 @@ from bitwright.engine.progress import Progress
 from bitwright.engine.recipe import Recipe, load_recipe, make_recipe
 from bitwright.engine.run import Result, quantize_folder
 from bitwright.errors import InputError
+from bitwright.evaluating import Convention, Evaluation, Texts, evaluate_path, load_any, own_samples, read_texts
 from bitwright.evaluation.outliers import OutlierReport
 from bitwright.io.hub import resolve_model
-from bitwright.runtime.evaluating import Convention, Evaluation, Texts, evaluate_path, load_any, own_samples, read_texts
 
 if TYPE_CHECKING:
-    from bitwright.engine.allocating import Allocation
+    from bitwright.advise.allocating import Allocation
     from bitwright.engine.gguf_dense import DenseResult
     from bitwright.engine.gguf_run import GgufResult
     from bitwright.gguf.imatrix import ImportanceMatrix
@@ -91,7 +91,7 @@ def allocate(
 
     The result holds the recipe that ``quantize`` (or ``to_gguf``) carries out, what was measured, and the curve of loss against size.
     """
-    from bitwright.engine.allocating import allocate_recipe
+    from bitwright.advise.allocating import allocate_recipe
 
     return allocate_recipe(
         _recipe(recipe, options), resolve_model(model, file=True), target=target, max_memory_bytes=max_memory_bytes,

@@ -18,6 +18,15 @@ from pydantic import ValidationError
 from bitwright.engine.progress import Progress, Silent
 from bitwright.engine.recipe import Recipe, load_recipe, make_recipe
 from bitwright.errors import InputError, PlanError
+from bitwright.evaluating import (
+    Convention,
+    device_of,
+    evaluate_path,
+    first_windows,
+    load_any,
+    load_any_tokenizer,
+    own_samples,
+)
 from bitwright.evaluation.gate import Limit
 from bitwright.evaluation.record import TaskScore
 from bitwright.io.files import os_error, write_text
@@ -27,14 +36,6 @@ from bitwright.io.text import printable
 from bitwright.report.document import Activation, Candidate, Document, Measurement
 from bitwright.report.gather import candidate_of, environment, gate_result, origin_of
 from bitwright.report.measured_card import enter_figures
-from bitwright.runtime.evaluating import (
-    Convention,
-    evaluate_path,
-    first_windows,
-    load_any,
-    load_any_tokenizer,
-    own_samples,
-)
 
 __all__ = ["SETS", "Entry", "Wanted", "compare_recipes", "entries_of", "measure_one"]
 
@@ -73,6 +74,13 @@ class Wanted:
     layers: bool = False
     gate: tuple[Limit, ...] = ()
 
+    def check(self) -> None:
+        """InputError for tasks that cannot be run, before anything is loaded."""
+        if self.tasks:
+            from bitwright.evaluation.tasks import check_tasks
+
+            check_tasks(list(self.tasks), allow_code_execution=bool(self.task_options.get("allow_code_execution")))
+
     def with_texts(self, source: Path | None, progress: Progress) -> Wanted:
         """The same with a text: samples of the source where none was given. InputError where there is neither."""
         if self.texts is not None:
@@ -96,6 +104,7 @@ def measure_one(
     """A document with one candidate. source_tasks: the source's scores where they are known already."""
     progress = progress or Silent()
     candidate = candidate_of(path, name)
+    wanted.check()
     missing: list[str] = []
     measurement, changes = None, dict[str, Any]()
     if wanted.texts is not None or not wanted.tasks or source is not None:
@@ -153,8 +162,9 @@ def run_tasks_on(path: Path, wanted: Wanted, progress: Progress) -> tuple[TaskSc
     from bitwright.evaluation.tasks import run_tasks
 
     progress.note(f"running tasks on {printable(path.name)}")
-    model = load_any(path, dtype=wanted.dtype, kernel=wanted.kernel)
-    return run_tasks(model, load_any_tokenizer(path), list(wanted.tasks), **wanted.task_options)
+    model = load_any(path, dtype=wanted.dtype, kernel=wanted.kernel).to(device_of(wanted.device))
+    options = {"batch_size": wanted.batch_size, **wanted.task_options}
+    return run_tasks(model, load_any_tokenizer(path), list(wanted.tasks), **options)
 
 
 def _against(scores: Sequence[TaskScore], source: Sequence[TaskScore]) -> tuple[TaskScore, ...]:
@@ -261,6 +271,7 @@ def compare_recipes(
     from bitwright.report.page import render_page
 
     progress = progress or Silent()
+    wanted.check()
     _own_folder(output, overwrite)
     wanted = wanted.with_texts(model, progress)
     candidates: list[Candidate] = []

@@ -115,7 +115,7 @@ def test_sensitivities_are_measured_once_for_all_budgets(model, monkeypatch):
     source, text = model
     given = options(text, bits_per_weight=3.7)
     first = bitwright.allocate(source, method="rtn", layout="native", **given)
-    from bitwright.engine import allocating
+    from bitwright.advise import allocating
 
     monkeypatch.setattr(allocating, "measure_sensitivities", None)
     again = bitwright.allocate(source, method="rtn", layout="native", **options(text, bits_per_weight=4.7))

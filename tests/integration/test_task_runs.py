@@ -5,8 +5,8 @@ import json
 import pytest
 from tests.small import EXAMPLES, STORY
 
+from bitwright.evaluating import load_any, load_any_tokenizer
 from bitwright.evaluation.tasks import run_tasks
-from bitwright.runtime.evaluating import load_any, load_any_tokenizer
 
 pytest.importorskip("lm_eval")
 

@@ -1,1 +1,1 @@
-"""What a model takes, and what is worth doing to it: memory forecasts, recommendations. Nothing here reads a weight."""
+"""What a model takes, and what is worth doing to it: memory forecasts, recommendations, bits under a budget."""

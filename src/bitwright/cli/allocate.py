@@ -12,7 +12,7 @@ from bitwright.cli import options as o
 from bitwright.errors import InputError
 
 if TYPE_CHECKING:
-    from bitwright.engine.allocating import Allocation
+    from bitwright.advise.allocating import Allocation
     from bitwright.engine.recipe import Recipe
 
 __all__ = ["app"]

@@ -13,8 +13,8 @@ from bitwright.errors import InputError
 
 if TYPE_CHECKING:
     from bitwright.comparing import Wanted
+    from bitwright.evaluating import Convention
     from bitwright.report.document import Document
-    from bitwright.runtime.evaluating import Convention
 
 __all__ = ["app", "wanted"]
 
@@ -91,8 +91,8 @@ def wanted(
         raise InputError(f"--dtype {dtype} is unknown", mend="use float32, bfloat16, float16 or checkpoint")
     from bitwright.comparing import Wanted
     from bitwright.core.tensor import parse_dtype
+    from bitwright.evaluating import read_texts
     from bitwright.evaluation.gate import parse_gate
-    from bitwright.runtime.evaluating import read_texts
 
     limits = parse_gate(gate) if gate is not None else ()
     return Wanted(

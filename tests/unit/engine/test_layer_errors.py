@@ -12,7 +12,7 @@ from tests.small import make_model, run
 
 from bitwright.engine.layer_errors import measure_layers
 from bitwright.errors import InputError
-from bitwright.runtime.evaluating import load_any
+from bitwright.evaluating import load_any
 
 LENGTH = 48
 TOKENS = torch.randint(2, 250, (5, LENGTH), generator=torch.Generator().manual_seed(4))

@@ -29,6 +29,7 @@ __all__ = [
     "Convention",
     "Evaluation",
     "Texts",
+    "device_of",
     "evaluate_path",
     "first_windows",
     "load_any",
@@ -167,7 +168,7 @@ def evaluate_path(
     texts: contents by name, or ``(windows, tokens)`` ids that are windows already.
     """
     convention = _convention(convention, stride)
-    place = _device(device)
+    place = device_of(device)
     tokenizer = load_any_tokenizer(against or path)
     cut, tokens = {}, {}
     for name, content in texts.items():
@@ -234,7 +235,8 @@ def _convention(convention: Convention | None, stride: int | None) -> Convention
     return convention
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that a flag names: auto, cpu or cuda. InputError where there is none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.partition(":")[0] not in ("cpu", "cuda"):

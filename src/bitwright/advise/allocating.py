@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.advise.allocate import Choices, Option, Point, allocate, frontier
+from bitwright.advise.candidates import Offer, checkpoint_offers, gguf_offers
 from bitwright.blocks.types import BlockType
 from bitwright.core.scheme import Scheme
 from bitwright.core.source import Source
 from bitwright.engine.calibration import CalibrationTokens, load_texts, load_tokenizer, tokens_from_texts
-from bitwright.engine.candidates import Offer, checkpoint_offers, gguf_offers
 from bitwright.engine.gguf_source import FromCheckpoint
 from bitwright.engine.modelwide import plan_rewritten
 from bitwright.engine.plan import Plan, make_plan
