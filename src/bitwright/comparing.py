@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -28,7 +28,7 @@ from bitwright.evaluating import (
     own_samples,
 )
 from bitwright.evaluation.gate import Limit
-from bitwright.evaluation.record import TaskScore
+from bitwright.evaluation.record import Speed, TaskScore
 from bitwright.io.files import os_error, write_text
 from bitwright.io.gguf_file import GgufFile
 from bitwright.io.safetensors_dir import SafetensorsDir
@@ -36,6 +36,9 @@ from bitwright.io.text import printable
 from bitwright.report.document import Activation, Candidate, Document, Measurement
 from bitwright.report.gather import candidate_of, environment, gate_result, origin_of
 from bitwright.report.measured_card import enter_figures
+
+if TYPE_CHECKING:
+    from bitwright.runtime.bench import BenchOptions
 
 __all__ = ["SETS", "Entry", "Wanted", "compare_recipes", "entries_of", "measure_one"]
 
@@ -56,7 +59,7 @@ class Wanted:
     """What is measured, and how. texts: contents by name (None: the source's own samples); the rest as in ``bitwright.evaluate``.
 
     tasks: names, files or folders for lm-evaluation-harness, with at most ``task_limit`` questions each. layers: errors layer by layer.
-    gate: limits that are judged.
+    speed: how time and memory are measured, None: they are not. gate: limits that are judged.
     """
 
     texts: Mapping[str, str | torch.Tensor] | None = None
@@ -72,6 +75,7 @@ class Wanted:
     tasks: tuple[str, ...] = ()
     task_options: Mapping[str, Any] = field(default_factory=dict)
     layers: bool = False
+    speed: BenchOptions | None = None
     gate: tuple[Limit, ...] = ()
 
     def check(self) -> None:
@@ -99,9 +103,10 @@ def measure_one(
     *,
     name: str | None = None,
     source_tasks: Sequence[TaskScore] | None = None,
+    source_speed: Sequence[Speed] | None = None,
     progress: Progress | None = None,
 ) -> Document:
-    """A document with one candidate. source_tasks: the source's scores where they are known already."""
+    """A document with one candidate. source_tasks, source_speed: the source's, where they are known already."""
     progress = progress or Silent()
     candidate = candidate_of(path, name)
     wanted.check()
@@ -144,7 +149,12 @@ def measure_one(
         if quality is None:
             raise InputError("a gate needs figures", mend="give --text or --against")
         changes["gate"] = gate_result(wanted.gate, quality, changes.get("tasks", ()))
-    missing.append("speed: measured by `bitwright bench`")
+    if wanted.speed is not None:
+        changes["speed"] = speed_of(path, wanted, progress)
+        if source is not None and source_speed is None:
+            source_speed = speed_of(source, wanted, progress)
+    else:
+        missing.append("speed: not asked for (--bench)")
     return Document(
         bitwright=version("bitwright"),
         title=candidate.name,
@@ -152,6 +162,7 @@ def measure_one(
         measurement=measurement,
         candidates=(candidate.model_copy(update=changes),),
         activations=activations,
+        source_speed=tuple(source_speed or ()),
         environment=environment(),
         not_measured=tuple(missing),
     )
@@ -165,6 +176,14 @@ def run_tasks_on(path: Path, wanted: Wanted, progress: Progress) -> tuple[TaskSc
     model = load_any(path, dtype=wanted.dtype, kernel=wanted.kernel).to(device_of(wanted.device))
     options = {"batch_size": wanted.batch_size, **wanted.task_options}
     return run_tasks(model, load_any_tokenizer(path), list(wanted.tasks), **options)
+
+
+def speed_of(path: Path, wanted: Wanted, progress: Progress) -> tuple[Speed, ...]:
+    """Time and memory of one model in every engine that is installed and takes it."""
+    from bitwright.runtime.bench import bench
+
+    assert wanted.speed is not None
+    return tuple(bench(path, wanted.speed, progress=lambda words: progress.note(f"timing {words}")))
 
 
 def _against(scores: Sequence[TaskScore], source: Sequence[TaskScore]) -> tuple[TaskScore, ...]:
@@ -278,13 +297,14 @@ def compare_recipes(
     failed: list[str] = []
     documents: list[Document] = []
     source_tasks = run_tasks_on(model, wanted, progress) if wanted.tasks else None
+    source_speed = speed_of(model, wanted, progress) if wanted.speed is not None else None
     for entry in entries:
         kept = output / "measured" / f"{entry.name}.json"
         identity = _identity(entry.recipe, model, wanted)
         document = _known(kept, identity)
         if document is None:
             try:
-                document = _one(model, entry, output, wanted, source_tasks, max_memory_bytes, progress)
+                document = _one(model, entry, output, wanted, source_tasks, source_speed, max_memory_bytes, progress)
             except PlanError as error:
                 progress.note(f"{entry.name}: {error}")
                 failed.append(f"{entry.name}: {error.message}")
@@ -317,6 +337,7 @@ def _one(
     output: Path,
     wanted: Wanted,
     source_tasks: Sequence[TaskScore] | None,
+    source_speed: Sequence[Speed] | None,
     max_memory_bytes: int | None,
     progress: Progress,
 ) -> Document:
@@ -334,7 +355,9 @@ def _one(
             model, target, recipe=entry.recipe, overwrite=True, max_memory_bytes=max_memory_bytes, progress=progress
         )
     seconds = time.monotonic() - began
-    document = measure_one(target, model, wanted, name=entry.name, source_tasks=source_tasks, progress=progress)
+    document = measure_one(
+        target, model, wanted, name=entry.name, source_tasks=source_tasks, source_speed=source_speed, progress=progress
+    )
     changes: dict[str, Any] = {"seconds": seconds}
     if not document.candidates[0].recipe:
         changes |= {

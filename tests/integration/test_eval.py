@@ -305,3 +305,14 @@ def test_perplexity_is_that_of_transformers_documentation(tmp_path):
             break
     found = bitwright.evaluate(STORY, text=text, length=max_length, stride=stride)
     assert found.perplexity.perplexity == pytest.approx(math.exp(nll_sum / n_tokens), rel=1e-3)
+
+
+def test_speed_and_memory_come_with_it(made, capsys):
+    source, out, _, text = made
+    arguments = ["--text", text, "--length", 64, "--windows", 2, "--bench", "--json"]
+    # The prompt is longer than this model's positions, which is said in place of figures.
+    assert run("eval", out, "--against", source, *arguments) == 0
+    found = Document.from_json(json.loads(capsys.readouterr().out))
+    assert {speed.engine for speed in found.candidates[0].speed} == {speed.engine for speed in found.source_speed}
+    assert "transformers" in {speed.engine for speed in found.source_speed}
+    assert all(speed.note or speed.new_tokens_per_s.median > 0 for speed in found.candidates[0].speed)

@@ -43,6 +43,7 @@ def compare(
     task_limit: o.TaskLimit = None,
     allow_code: o.AllowCode = False,
     layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Measure the error of every layer too.")] = True,
+    bench: o.Bench = False,
     gate: o.Gate = None,
     calibration: o.CalibrationFile = None,
     samples: o.Samples = None,
@@ -75,7 +76,8 @@ def compare(
     entries = entries_of(recipe or [], preset or [], changes)
     asked = wanted(
         text=text, length=length, stride=stride, convention=convention, windows=windows, dtype=dtype, kernel="auto", batch=batch,
-        device=device, cache=True, tasks=tasks, task_limit=task_limit, allow_code=allow_code, layers=layers, gate=gate,
+        device=device, cache=True, tasks=tasks, task_limit=task_limit, allow_code=allow_code, layers=layers, bench=bench,
+        gate=gate,
     )  # fmt: skip
     with ConsoleProgress() as progress:
         found = compare_recipes(

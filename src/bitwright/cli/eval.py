@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bitwright.comparing import Wanted
     from bitwright.evaluating import Convention
     from bitwright.report.document import Document
+    from bitwright.runtime.bench import BenchOptions
 
 __all__ = ["app", "wanted"]
 
@@ -41,6 +42,7 @@ def evaluate_command(
     task_limit: o.TaskLimit = None,
     allow_code: o.AllowCode = False,
     layers: o.LayerErrors = False,
+    bench: o.Bench = False,
     gate: o.Gate = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a report page to this file.")] = None,
     card: Annotated[
@@ -55,7 +57,7 @@ def evaluate_command(
 
     asked = wanted(
         text=text, length=length, stride=stride, convention=convention, windows=windows, dtype=dtype, kernel=kernel, batch=batch,
-        device=device, cache=cache, tasks=tasks, task_limit=task_limit, allow_code=allow_code, layers=layers, gate=gate,
+        device=device, cache=cache, tasks=tasks, task_limit=task_limit, allow_code=allow_code, layers=layers, bench=bench, gate=gate,
     )  # fmt: skip
     path = resolve_model(model, file=True)
     source = None if against is None else resolve_model(against, file=True)
@@ -84,7 +86,7 @@ def evaluate_command(
 def wanted(
     *, text: list[str] | None, length: int, stride: int | None, convention: str | None, windows: int | None, dtype: str,
     kernel: str, batch: int, device: str, cache: bool, tasks: str | None, task_limit: int | None, allow_code: bool,
-    layers: bool, gate: str | None,
+    layers: bool, bench: bool, gate: str | None,
 ) -> Wanted:  # fmt: skip
     """Flags as what is to be measured. InputError for what makes no sense."""
     if dtype not in ("float32", "bfloat16", "float16", "checkpoint"):
@@ -109,8 +111,16 @@ def wanted(
         tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()) if tasks else (),
         task_options={"limit": task_limit, "allow_code_execution": allow_code} if tasks else {},
         layers=layers,
+        speed=_speed(device) if bench else None,
         gate=limits,
     )
+
+
+def _speed(device: str) -> BenchOptions:
+    """A short measurement; ``bitwright bench`` has all options."""
+    from bitwright.runtime.bench import BenchOptions
+
+    return BenchOptions(prompt_tokens=256, new_tokens=64, batch=(1,), repetitions=3, device=device)
 
 
 def check_gate(found: Document) -> None:

@@ -116,13 +116,13 @@ def _details(candidate: Candidate, many: bool) -> None:
             ],
         )
     worst = sorted((layer for layer in candidate.layers if layer.relative > 0), key=lambda layer: -layer.relative)[:3]
-    if worst:
+    if worst and not many:
         listed = ", ".join(f"{layer.module} ({layer.relative:.2e}, {layer.snr_db:.1f} dB)" for layer in worst)
         print_facts([(f"{title}largest errors", listed)])
-    if candidate.blocks:
+    if candidate.blocks and not many:
         last = candidate.blocks[-1]
         own = sum(block.own for block in candidate.blocks)
         print_facts([(f"{title}last block's output", f"error {last.total:.2e}; the blocks' own add up to {own:.2e}")])
     if candidate.gate is not None:
-        for line in candidate.gate.lines:
+        for line in candidate.gate.lines if not many else [line for line in candidate.gate.lines if not line.passed]:
             print_facts([(f"{title}gate {'kept' if line.passed else 'MISSED'}", line.sentence)])

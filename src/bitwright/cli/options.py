@@ -17,6 +17,7 @@ __all__ = [
     "Activations",
     "AllowCode",
     "AllowPickle",
+    "Bench",
     "Bits",
     "BitsPerWeight",
     "CalibrationFile",
@@ -227,6 +228,7 @@ AllowCode = Annotated[
     bool, typer.Option("--allow-code-execution", help="Tasks such as HumanEval may run what the model writes.")
 ]
 LayerErrors = Annotated[bool, typer.Option("--layers", help="Measure the error of every layer too.")]
+Bench = Annotated[bool, typer.Option("--bench", help="Measure time and memory too, in every engine that is here.")]
 Gate = Annotated[
     str | None,
     typer.Option("--gate", help='Limits, such as "ppl_increase<0.5,kl_mean<0.02"; default: ppl_increase<=0.5.'),

@@ -20,6 +20,8 @@ __all__ = ["app"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
+#: Tokens of a sequence where nothing is said: in a conversation, and of a training example.
+_SERVED, _TRAINED = 8192, 2048
 _TASKS = "chat, code, long-context, arithmetic, embedding, batch-serving or finetune"
 #: A GPU of which only the memory is known.
 _UNNAMED = 8.0
@@ -53,7 +55,10 @@ def recommend(
         typer.Option("--memory", metavar="SIZE", help="With --cpu-only: main memory.  [default: this machine's]"),
     ] = None,
     context: Annotated[
-        int | None, typer.Option("--context", help="Tokens of a sequence.  [default: 8192, or the model's]")
+        int | None,
+        typer.Option(
+            "--context", help="Tokens of a sequence.  [default: 8192, to fine-tune 2048; at most the model's]"
+        ),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Sequences at a time.")] = 1,
     kv: Annotated[
@@ -80,7 +85,8 @@ def recommend(
         raise InputError(f"--most {most} asks for nothing", mend="use 1 or more")
     hardware, size, said = _machine(gpu, capability, gpu_memory, cpu_only, memory)
     subject = _subject(model, params, calibration)
-    asked = context if context is not None else min(8192, subject.longest or 8192)
+    usual = _TRAINED if finetune or task == "finetune" else _SERVED
+    asked = context if context is not None else min(usual, subject.longest or usual)
     scenario = Scenario(
         hardware=hardware,
         memory=size,

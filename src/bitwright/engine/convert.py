@@ -25,13 +25,13 @@ from bitwright.core.options import build
 from bitwright.core.source import Source
 from bitwright.core.tensor import TensorSpec
 from bitwright.engine.conversion import ConversionPlan, ModulePlan, plan_conversion
-from bitwright.engine.memory import release_free_memory
 from bitwright.engine.progress import Progress, Silent
 from bitwright.engine.regrid import express
 from bitwright.engine.run import versions
 from bitwright.engine.tensors import CHUNK_ELEMENTS, bytes_of, decoded_hash
 from bitwright.errors import BitwrightError, InputError, NumericError, VerifyError
 from bitwright.io.files import os_error
+from bitwright.io.heap import release_free_memory
 from bitwright.io.model_files import refuse_remote_code, side_files
 from bitwright.io.publish import Staging
 from bitwright.io.safetensors_writer import SafetensorsWriter, index_json

@@ -16,10 +16,10 @@ from bitwright.core.source import Sink, Source
 from bitwright.engine.blockwise import Blockwise
 from bitwright.engine.calibration import CalibrationTokens
 from bitwright.engine.journal import Commit, Journal
-from bitwright.engine.memory import release_free_memory
 from bitwright.engine.plan import Plan, PlanEntry
 from bitwright.engine.progress import Progress
 from bitwright.engine.tensors import TensorWork, without_statistics
+from bitwright.io.heap import release_free_memory
 
 __all__ = ["Driver"]
 

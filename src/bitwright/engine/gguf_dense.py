@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from bitwright.core.tensor import TensorSpec
-from bitwright.engine.memory import release_free_memory
 from bitwright.engine.progress import Progress, Silent
 from bitwright.engine.run import versions
 from bitwright.engine.tensors import CHUNK_ELEMENTS, bytes_of
@@ -24,6 +23,7 @@ from bitwright.gguf.to_hf import HfView
 from bitwright.io.files import os_error
 from bitwright.io.gguf_check import check_hyperparameters
 from bitwright.io.gguf_file import GgufFile
+from bitwright.io.heap import release_free_memory
 from bitwright.io.publish import Staging
 from bitwright.io.safetensors_dir import SafetensorsDir
 from bitwright.io.safetensors_writer import SafetensorsWriter, index_json, plan_shards

@@ -17,7 +17,6 @@ from bitwright.blocks.types import BlockType
 from bitwright.engine.gguf_source import GgufSource, Place
 from bitwright.engine.interrupt import StopRequest
 from bitwright.engine.journal import Commit, Journal
-from bitwright.engine.memory import release_free_memory
 from bitwright.engine.progress import Progress
 from bitwright.errors import BitwrightError, NumericError, Stopped, VerifyError
 from bitwright.gguf.imatrix import ImportanceMatrix
@@ -25,6 +24,7 @@ from bitwright.gguf.mixture import by_layer
 from bitwright.io.gguf_file import GgufFile
 from bitwright.io.gguf_values import GgufValue
 from bitwright.io.gguf_writer import GgufEntry, GgufPart, GgufWriter, plan_gguf
+from bitwright.io.heap import release_free_memory
 
 __all__ = ["CHUNK_VALUES", "Target", "plan_file", "verify_file", "write_file"]
 

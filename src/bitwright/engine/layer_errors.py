@@ -35,7 +35,6 @@ from bitwright.engine.collect import trace
 from bitwright.engine.layer_frames import Frame, changed_outside, find_frames
 from bitwright.engine.layer_outside import outside_errors
 from bitwright.engine.layer_sides import Side, open_pair
-from bitwright.engine.memory import release_free_memory
 from bitwright.engine.progress import Progress, Silent
 from bitwright.engine.recipe import Recipe, make_plugin, make_recipe
 from bitwright.engine.run import vocab_size
@@ -45,6 +44,7 @@ from bitwright.errors import InputError, NumericError
 from bitwright.evaluation.layer_error import OutputError, energy, ratio, snr_db, weight_histogram
 from bitwright.evaluation.outliers import InputProbe, LayerInput, summarize
 from bitwright.evaluation.record import BlockError, LayerError, WeightHistogram
+from bitwright.io.heap import release_free_memory
 from bitwright.io.safetensors_dir import SafetensorsDir
 from bitwright.io.text import printable
 from bitwright.model.blocks import BlockCall

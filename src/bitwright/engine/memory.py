@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from bitwright.engine.calibration import BATCH_TOKENS, CalibrationTokens
 from bitwright.engine.plan import Plan, PlanEntry
 from bitwright.engine.tensors import CHUNK_ELEMENTS, in_pieces
 
-__all__ = ["Budget", "Forecast", "forecast", "release_free_memory"]
+__all__ = ["Budget", "Forecast", "forecast"]
 
 # Constants of the forecast, fitted to measured peaks (benchmarks/memory.py, docs/benchmarks.md).
 #: What any run takes: tokenizer, headers, buffers of the libraries.
@@ -53,14 +51,6 @@ def forecast(plan: Plan, max_memory_bytes: int | None = None) -> Forecast:
     budget = Budget.of(plan, max_memory_bytes, None)
     peak = _calibrated_peak(plan, budget) if plan.needs_calibration else _plain_peak(plan)
     return Forecast(peak_bytes=int(peak), disk_bytes=budget.disk_bytes)
-
-
-def release_free_memory() -> None:
-    """Give memory that was freed back to the system, so that a run's peak does not creep up with the number of blocks."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def _elements(entry: PlanEntry) -> int:

@@ -32,11 +32,11 @@ from bitwright.core.source import Source
 from bitwright.core.stats import Gram
 from bitwright.engine.blockwise import cast_call, put_back
 from bitwright.engine.collect import fast_accumulate, trace
-from bitwright.engine.memory import release_free_memory
 from bitwright.engine.plan import Plan
 from bitwright.engine.progress import Progress
 from bitwright.engine.rewrite import Overlaid
 from bitwright.errors import InputError, NumericError
+from bitwright.io.heap import release_free_memory
 from bitwright.model.blocks import BlockRunner
 from bitwright.model.observe import InputObserver, Slot
 from bitwright.model.structure import LinearUnit

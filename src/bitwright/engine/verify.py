@@ -12,10 +12,10 @@ from bitwright.engine.blockwise import cast_call
 from bitwright.engine.calibration import CalibrationTokens
 from bitwright.engine.inputs import InputSchemes, quantized_inputs
 from bitwright.engine.journal import Commit
-from bitwright.engine.memory import release_free_memory
 from bitwright.engine.plan import Plan
 from bitwright.engine.tensors import CHUNK_ELEMENTS, bytes_of, decoded_hash
 from bitwright.errors import BitwrightError, VerifyError
+from bitwright.io.heap import release_free_memory
 from bitwright.io.safetensors_dir import SafetensorsDir
 from bitwright.model.blocks import BlockRunner
 from bitwright.model.names import NameMap, map_names

@@ -20,13 +20,13 @@ from bitwright.engine.activations import ActivationStore, ActivationWriter
 from bitwright.engine.blockwise import cast_call
 from bitwright.engine.calibration import CalibrationTokens, load_texts, load_tokenizer, tokens_from_texts
 from bitwright.engine.collect import Group, trace
-from bitwright.engine.memory import release_free_memory
 from bitwright.engine.plan import Plan, make_plan
 from bitwright.engine.progress import Progress
 from bitwright.engine.recipe import Recipe, make_recipe
 from bitwright.engine.run import open_source, vocab_size
 from bitwright.engine.sample import sample_tokens
 from bitwright.errors import InputError, NumericError
+from bitwright.io.heap import release_free_memory
 from bitwright.io.safetensors_dir import SafetensorsDir
 from bitwright.model.blocks import BlockCall, BlockRunner
 from bitwright.model.observe import InputObserver, Slot

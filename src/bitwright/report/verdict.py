@@ -54,6 +54,8 @@ class Grade:
     short: str
 
 
+#: Sizes that differ by less than this factor count as equal.
+_SAME_SIZE = 1.01
 #: Best first; the last one has no limits.
 GRADES = (
     Grade(0, 0.0001, 0.001, "practically the same as the original", "practically the same"),
@@ -187,7 +189,7 @@ def pick(candidates: Sequence[Candidate]) -> tuple[Candidate, str]:
     3. Else the closest: least mean KL, then least perplexity.
     4. Where quality was measured nowhere: the smallest.
 
-    candidates: at least one. Ties go to the first.
+    candidates: at least one. Sizes within 1 % of each other count as equal, and the closest of those is taken; ties go to the first.
     """
     if len(candidates) == 1:
         return candidates[0], ""
@@ -210,7 +212,9 @@ def pick(candidates: Sequence[Candidate]) -> tuple[Candidate, str]:
 
 
 def _smallest(candidates: Sequence[Candidate]) -> Candidate:
-    return min(candidates, key=lambda one: (one.size.weight_file_bytes, _distance(one)))
+    """The closest to the original among those that are as good as the smallest: a header's length decides nothing."""
+    least = min(one.size.weight_file_bytes for one in candidates)
+    return min((one for one in candidates if one.size.weight_file_bytes <= least * _SAME_SIZE), key=_distance)
 
 
 def _distance(candidate: Candidate) -> tuple[float, float]:

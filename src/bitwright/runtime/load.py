@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bitwright.errors import InputError
+from bitwright.io.heap import release_free_memory
 from bitwright.io.safetensors_dir import SafetensorsDir
 from bitwright.model.blocks import BlockRunner
 from bitwright.model.names import Place, map_names
@@ -44,6 +45,8 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, kernel: str = "a
         source.close()
     else:
         source.stored.close()
+    # Packing makes and drops arrays as large as the model; glibc would keep them.
+    release_free_memory()
     return model.eval()
 
 

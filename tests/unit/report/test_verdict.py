@@ -129,9 +129,19 @@ def test_without_any_quality_the_smallest_is_chosen():
     assert pick([sized("a", 2)]) == (sized("a", 2), "")
 
 
+def test_a_header_more_or_less_decides_nothing():
+    found = [
+        sized("far", 1000, quality(0.004)),
+        sized("close", 1005, quality(0.001)),
+        sized("large", 1100, quality(0.0005)),
+    ]
+    assert pick(found)[0].name == "close"
+
+
 def test_verdict_of_a_document():
     found = verdict(twelve())
-    assert found.candidate.name == "gptq-int4-g128"
+    # As large as gptq-int4-g128, and closer.
+    assert found.candidate.name == "awq+gptq-int4-g128"
     assert found.grade.level == 1
     assert "within all 3 limits" in found.sentence
     empty = Document(bitwright="1", title="t", source=None, measurement=None, candidates=())
