@@ -49,7 +49,7 @@ def test_json_is_all_there_is_on_stdout(llama, text, bitwright, tmp_path):
     evaluation = ["eval", tmp_path / "out", "--against", llama, "--text", text, "--length", "64", "--windows", "2"]
     code, out, _ = bitwright(*evaluation, "--json")
     assert code == 0
-    assert json.loads(out)["comparison"]["kl_mean"] >= 0
+    assert json.loads(out)["candidates"][0]["quality"]["kl"]["mean"] >= 0
 
 
 def test_tables_go_to_stdout_and_progress_to_stderr(llama, bitwright, tmp_path):
