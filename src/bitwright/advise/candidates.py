@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -96,12 +96,13 @@ def _schemes(
             continue
         match = _AFFINE.fullmatch(text)
         if match is not None:
-            group = match[2] if match[2] is None or match[2] == "channel" else int(match[2])
-            values: dict[str, object] = {"scheme": "affine", "bits": int(match[1]), "group_size": group}
-            values["symmetric"] = False if match[3] else recipe.symmetric
-            # A scheme that an exception names starts from that scheme's own defaults.
-            if group is None:
-                values["group_size"] = recipe.group_size
+            # A scheme that an exception names starts from that scheme's own defaults, so the recipe's are said again.
+            values: dict[str, object] = {
+                "scheme": "affine",
+                "bits": int(match[1]),
+                "group_size": match[2] or recipe.group_size,
+                "symmetric": False if match[3] else recipe.symmetric,
+            }
         elif text in _NAMED:
             name, options = _NAMED[text]
             values = {"scheme": name, "scheme_options": dict(options)}
@@ -182,12 +183,7 @@ def _scheme_candidate(label: str, scheme: object, units: Sequence[LinearUnit]) -
     )
 
     def quantize(weight: torch.Tensor, gram: Gram | None) -> torch.Tensor:
-        own = Context(
-            feedback=context.feedback,
-            tile_sums=context.tile_sums,
-            encode=context.encode,
-            prepared=scheme.prepare([weight]),
-        )
+        own = replace(context, prepared=scheme.prepare([weight]))
         return method.quantize(weight, {} if gram is None else {"gram": gram}, scheme, own).tensor.decode()
 
     apart = scheme.shares or scheme.two_level or any(scheme.outlier_count(unit.shape) for unit in units)

@@ -126,6 +126,14 @@ class Layout(ABC):
         del entries, kept
         return dict.fromkeys(ENGINES)
 
+    def engines(self, entries: Mapping[str, Scheme], kept: Sequence[str], model_type: str) -> dict[str, str | None]:
+        """Engine -> None where all parts load there, together, else the first reason why not."""
+        result = self.loads_together(entries, kept)
+        for scheme in dict.fromkeys(entries.values()):
+            for engine, why in self.loads_in(scheme, model_type).items():
+                result[engine] = result.get(engine) or why
+        return result
+
     @abstractmethod
     def support(self) -> dict[str, str]:
         """Engine -> what it takes to load there (versions, packages), in one line each."""

@@ -130,7 +130,7 @@ def plan_conversion(
         entries = {m.name: m.target for m in modules if m.target is not None}
         names = _kept_linears(structure, entries)
         config = layout.config(entries, names, {"kv_cache": kv_cache} if kv_cache is not None else {})
-        engines = _engines(layout, entries, names, str(source.config.get("model_type", "?")))
+        engines = layout.engines(entries, names, str(source.config.get("model_type", "?")))
     if target is not None and engines.get(target) is not None:
         raise PlanError(f"the output would not load in {target}: {engines[target]}", mend="choose another layout")
     heads = [name for name, role in roles.items() if role == "head" and name in source.modules]
@@ -332,13 +332,3 @@ def _in_order(source: DecodedSource, modules: Sequence[ModulePlan], kept: Mappin
         elif name in kept:
             found[name] = kept[name]
     return list(found.values())
-
-
-def _engines(
-    layout: Layout, entries: Mapping[str, Scheme], kept: Sequence[str], model_type: str
-) -> dict[str, str | None]:
-    result = layout.loads_together(entries, kept)
-    for scheme in dict.fromkeys(entries.values()):
-        for engine, why in layout.loads_in(scheme, model_type).items():
-            result[engine] = result.get(engine) or why
-    return result

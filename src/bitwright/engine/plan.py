@@ -161,7 +161,7 @@ def make_plan(recipe: Recipe, source: Source, *, target: str | None = None) -> P
         meta["kv_cache"] = kv_cache
     config = layout.config(schemes, kept, meta)
     model_type = str(source.config.get("model_type", "?"))
-    engines = _engines(layout, schemes, kept, model_type)
+    engines = layout.engines(schemes, kept, model_type)
     if target is not None and engines.get(target) is not None:
         raise PlanError(
             f"the output would not load in {target}: {engines[target]}", mend="change layout, bits or group size"
@@ -443,14 +443,3 @@ def _method_meta(recipe: Recipe) -> dict[str, Any]:
     method = make_method(recipe.method, recipe.method_options)
     options = {k: v for k, v in vars(method).items() if isinstance(v, int | float | str | bool)}
     return {"method": recipe.method, **options, "sequential": recipe.sequential}
-
-
-def _engines(
-    layout: Layout, schemes: Mapping[str, Scheme], kept: Sequence[str], model_type: str
-) -> dict[str, str | None]:
-    """Engine -> None where all parts load there, together, else the first reason why not."""
-    result = layout.loads_together(schemes, kept)
-    for scheme in dict.fromkeys(schemes.values()):
-        for engine, why in layout.loads_in(scheme, model_type).items():
-            result[engine] = result.get(engine) or why
-    return result

@@ -262,8 +262,8 @@ class _Walk:
         numbers = [n for n, group in enumerate(self._groups, 1) if group.units[0].block == index]
         block = self._runner.load_block(index)
         try:
-            grams, share = self._original(block, index)
             before = [self._states.get((0, batch)) for batch in range(self._batches)]
+            after, grams, share = self._original(block, index, before)
             for number in self._running:
                 for batch, call in enumerate(self._calls):
                     hidden = self._states.get((number, batch))
@@ -272,8 +272,8 @@ class _Walk:
                 self._errors(number, grams, share)
                 if self._mode != "gram":
                     self._perturbed(block, index, number, grams, before)
-            for batch, call in enumerate(self._calls):
-                self._states.put((0, batch), self._run(block, before[batch], call[index]))
+            for batch, hidden in enumerate(after):
+                self._states.put((0, batch), hidden)
             if self._mode == "blocks" and numbers:
                 at = -index - 1
                 for batch in range(self._batches):
@@ -288,11 +288,13 @@ class _Walk:
             raise NumericError("activations are not finite", mend="check the weights of the model")
         return out
 
-    def _original(self, block: nn.Module, index: int) -> tuple[dict[str, Gram], float]:
-        """Gram matrix of what every unit reads (experts of a stack together), and the share of the output that the block writes."""
+    def _original(
+        self, block: nn.Module, index: int, before: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], dict[str, Gram], float]:
+        """The original's output, the Gram matrix of what every unit reads (experts of a stack together), and the share of the
+        output that the block writes."""
         units = [unit for unit in self._plan.structure.units if unit.block == index and unit.place is not None]
-        first = self._states.get((0, 0))
-        stages = trace(block, f"{self._prefix}.{index}.", units, first, self._calls[0][index])
+        stages = trace(block, f"{self._prefix}.{index}.", units, before[0], self._calls[0][index])
         of_slot: dict[Slot, Gram] = {}
         grams: dict[str, Gram] = {}
         stacks: dict[str, Gram] = {}
@@ -318,14 +320,15 @@ class _Walk:
             counted[id(gram)] = token
             gram.update(x)
 
-        for batch, call in enumerate(self._calls):
-            hidden = self._states.get((0, batch))
+        after: list[torch.Tensor] = []
+        for hidden, call in zip(before, self._calls, strict=True):
             counted.clear()
             with InputObserver(parameters, on_input):
                 out = self._run(block, hidden, call[index])
             written += float((out - hidden).square().sum(dtype=torch.float64))
             total += float(out.square().sum(dtype=torch.float64))
-        return grams, written / total if total else 0.0
+            after.append(out)
+        return after, grams, written / total if total else 0.0
 
     def _errors(self, number: int, grams: Mapping[str, Gram], share: float) -> None:
         group, seen = self._groups[number - 1], self._seen[number - 1]

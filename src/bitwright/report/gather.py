@@ -62,17 +62,13 @@ def _of_folder(path: Path, name: str | None) -> Candidate:
     recipe = told.get("recipe") or {}
     schemes = {module: scheme_ for module, (scheme_, _) in opened.modules.items()}
     shown = Counter(scheme_.describe_all() for scheme_ in schemes.values())
-    loads: dict[str, str | None] = dict(opened.layout.loads_together(schemes, ()))
-    for scheme_ in dict.fromkeys(schemes.values()):
-        for engine, why in opened.layout.loads_in(scheme_, str(opened.config.get("model_type", "?"))).items():
-            loads[engine] = loads.get(engine) or why
     return Candidate(
         name=name or path.name,
         layout=opened.layout.name,
         method=recipe.get("method"),
         scheme=_most(shown),
         size=size.model_copy(update={"quantized_bits_per_weight": _bits(bytes_, quantized)}),
-        loads_in=loads,
+        loads_in=opened.layout.engines(schemes, (), str(opened.config.get("model_type", "?"))),
         recipe=recipe,
         files=files,
         hashes=told.get("hashes") or {},
